@@ -1,0 +1,1 @@
+"""torch.compile backend that makes the prefill of vision-language models sparse."""
