@@ -1,0 +1,144 @@
+"""A-shape as intervals of key tiles: for each query, the first and the latest valid keys it may use.
+
+"First" and "latest" count valid keys of the query's own segment, so that padding and packing move the sink
+and the local band with the tokens; in a 2D-Boundary order they count within each key modality (arXiv
+2504.16083, section 3).
+"""
+
+from typing import NamedTuple
+
+import torch
+from mmcompile.kernels.orders import MODALITIES
+from mmcompile.kernels.patterns import MAX_TOKENS, TILE
+from mmcompile.kernels.tags import INVALID
+from torch import Tensor
+
+BEYOND = 2**63 - 1  # sorts after every key
+
+
+class Intervals(NamedTuple):
+    """Runs of key tiles, N a query slot: int32 [B, N, Sq] each, both ends included; none if last < first."""
+
+    first: Tensor
+    last: Tensor
+
+    @classmethod
+    def stack(cls, runs: "list[Intervals]") -> "Intervals":
+        return cls(torch.cat([run.first for run in runs], 1), torch.cat([run.last for run in runs], 1))
+
+    def cover(self, rows: slice, key_tiles: int) -> Tensor:
+        """The union of the runs over the queries of each tile, bool [B, rows, nK]; `rows` are query tiles."""
+        first = self.first[:, :, rows.start * TILE : rows.stop * TILE]
+        last = self.last[:, :, rows.start * TILE : rows.stop * TILE]
+        count, width = rows.stop - rows.start, key_tiles + 1
+        row_start = torch.arange(first.shape[-1], device=first.device) // TILE * width  # int64
+        # +1 where a run starts, -1 after it ends: the running sum counts the runs over a tile.
+        steps = torch.zeros(first.shape[0], count * width, dtype=torch.int32, device=first.device)
+        one = torch.ones((), dtype=torch.int32, device=first.device).expand_as(first).flatten(1)
+        steps.scatter_add_(1, (row_start + first).flatten(1), one)
+        steps.scatter_add_(1, (row_start + last + 1).flatten(1), -one)
+        return steps.unflatten(1, (count, width))[..., :key_tiles].cumsum(-1, dtype=torch.int32) > 0
+
+
+class KeyGroups:
+    """The valid keys sorted by (segment, modality, position): a group is a run of ranks.
+
+    tags: int32 [B, 3, Sk] in token order. modality: int32 [B, Sk], or None for one group over all modalities.
+    """
+
+    def __init__(self, tags: Tensor, modality: Tensor | None) -> None:
+        position, segment = tags[:, 0], tags[:, 1]
+        self.length = tags.shape[-1]
+        start = self._start(segment, 0 if modality is None else modality)
+        self.sorted = torch.where(position == INVALID, BEYOND, start + position).sort(-1).values  # [B, Sk]
+
+    def rank_after(self, segment: Tensor, modality: int, position: Tensor | int) -> Tensor:
+        """Rank that follows the group's last key at or before `position`: its first rank for position -1.
+
+        segment: int32 [B, Sq], position: int32 [B, Sq] or a number. Returns int64 [B, Sq].
+        """
+        reached = torch.as_tensor(position, device=segment.device).long().clamp(-1, self.length - 1)
+        return torch.searchsorted(self.sorted, self._start(segment, modality) + reached, right=True)
+
+    def position(self, rank: Tensor) -> Tensor:
+        """Position of the key of a rank, int64 [B, Sq]; arbitrary where the rank is no key's."""
+        return self.sorted.gather(-1, rank.clamp(0, self.length - 1)).remainder(self.length)
+
+    def _start(self, segment: Tensor, modality: Tensor | int) -> Tensor:
+        # 32 bits of segment, 3 of modality and 28 of length fit int64.
+        return (segment.long() * MODALITIES + modality) * self.length
+
+
+class AShape:
+    """Intervals for the queries of one batch, in the slots of `query_tags`.
+
+    query_tags: int32 [B, 3, Sq] in slot order. key_tags: int32 [B, 3, Sk] in token order. modality: int32 [B,
+    Sk] when the pattern holds within each key modality, else None. key_slot: int32 [B, Sk], position -> slot.
+    """
+
+    def __init__(
+        self, query_tags: Tensor, key_tags: Tensor, modality: Tensor | None, key_slot: Tensor
+    ) -> None:
+        self.query_position = query_tags[:, 0].contiguous()
+        self.segment = query_tags[:, 1]
+        self.key_slot = key_slot
+        self.keys = KeyGroups(key_tags, None)
+        start = self.keys.rank_after(self.segment, 0, -1)
+        self.end = self.keys.rank_after(self.segment, 0, self.query_position)
+        self.before = self.end > start  # a key of the segment lies at or before the query
+        if modality is None:
+            self.groups, self.ranges = self.keys, [(start, self.end)]
+        else:
+            self.groups = groups = KeyGroups(key_tags, modality)
+            self.ranges = [
+                (
+                    groups.rank_after(self.segment, each, -1),
+                    groups.rank_after(self.segment, each, self.query_position),
+                )
+                for each in range(MODALITIES)
+            ]
+
+    def sink(self, length: int) -> Intervals:
+        """The `length` first valid keys at or before each query, in each group."""
+        return Intervals.stack(
+            [self._run(self.groups, start, torch.minimum(start + length, end)) for start, end in self.ranges]
+        )
+
+    def local(self, length: int) -> Intervals:
+        """The `length` latest valid keys at or before each query, in each group."""
+        return Intervals.stack(
+            [self._run(self.groups, torch.maximum(start, end - length), end) for start, end in self.ranges]
+        )
+
+    def nearest(self, window: int | None) -> Intervals:
+        """One key for each query: itself, else the nearest valid one before it, else the nearest after it.
+
+        It keeps a row with any allowed key from being without tiles, whatever a cap takes away: the nearest
+        key before is allowed if any before is, and one after can only be allowed by a span, which is
+        contiguous.
+        """
+        before = self.before
+        if window is not None:
+            before = before & (
+                self.keys.position(self.end - 1) > self.query_position - min(window, MAX_TOKENS)
+            )
+        rank = self.end - before.long()
+        group_end = self.keys.rank_after(self.segment, 0, self.keys.length)
+        return self._run(self.keys, rank, torch.minimum(rank + 1, group_end))
+
+    def everything_for_last(self, count: int) -> Intervals:
+        """Every tile, for the `count` last queries of each segment whose own key is valid."""
+        own_valid = self.before & (self.keys.position(self.end - 1) == self.query_position)
+        # Keys past the last query (room of a static cache) follow no query's end.
+        last_query = self.query_position.amax(-1, keepdim=True)
+        following = self.keys.rank_after(self.segment, 0, last_query) - self.end
+        chosen = (own_valid & (following < count)).unsqueeze(1)  # [B, 1, Sq]
+        last_tile = (self.keys.length - 1) // TILE
+        return Intervals(*(torch.where(chosen, end, none).int() for end, none in ((0, 1), (last_tile, 0))))
+
+    def _run(self, groups: KeyGroups, start: Tensor, end: Tensor) -> Intervals:
+        """The tiles from the key of rank `start` to the one before rank `end`, int32 [B, 1, Sq]."""
+        some = end > start
+        tiles = (self.key_slot.gather(-1, groups.position(rank)) // TILE for rank in (start, end - 1))
+        first, last = tiles
+        return Intervals(first.where(some, 1).unsqueeze(1), last.where(some, 0).unsqueeze(1))
