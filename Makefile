@@ -1,0 +1,85 @@
+# `make demo` and `make test` work from a bare clone; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+OUT ?= docs/figures
+PYTEST_ARGS ?= -n 2
+DEMO_ARGS ?=
+
+# `make gpu PY=python3` uses an interpreter that has everything already and makes no environment.
+PY ?= $(VENV)/bin/python
+ifeq ($(PY),$(VENV)/bin/python)
+READY := $(VENV)/.ready
+endif
+
+# Nothing here needs a model hub: a look-up that slips in should fail at once and loudly.
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help demo test lint types layers unit interpreter gpu figures clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo     a tiny Qwen2.5-VL reads a video, dense and sparse (DEMO_ARGS="--video PATH" for another)'
+	@echo 'make test     ruff, mypy, import-linter, tests on the CPU, kernels under the Triton interpreter'
+	@echo 'make gpu      tests and benchmarks that need a CUDA device; figures go to OUT=$(OUT)'
+	@echo 'make figures  put the tables of $(OUT) into README.md'
+	@echo 'make clean    remove the environment and every cache'
+	@echo
+	@echo 'Variables: PYTHON=$(PYTHON) (3.11 or later, makes the environment) VENV=$(VENV) TORCH=$(TORCH)'
+	@echo 'PY=python3 runs in an environment of your own; PYTEST_ARGS="-x -k NAME" goes to pytest.'
+
+demo: $(READY)
+	@$(PY) -m mmcompile demo $(DEMO_ARGS)
+
+test: lint types layers unit interpreter
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# mypy and import-linter walk folders, so they need the three floors laid out as one package.
+$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py passes/*.py kernels/*.py) pyproject.toml
+	@rm -rf build $@
+	@$(PY) -m pip install -q --no-deps --no-build-isolation --target $@ .
+	@rm -rf build
+
+types: $(VENV)/flat
+	cd $(VENV)/flat && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+layers: $(VENV)/flat
+	cd $(VENV)/flat && $(abspath $(dir $(PY)))/lint-imports --config $(CURDIR)/pyproject.toml --no-logo --no-cache
+
+unit: $(READY)
+	$(PY) -m pytest -m "not gpu and not interpreter" $(PYTEST_ARGS)
+
+interpreter: $(READY)
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpreter $(PYTEST_ARGS)
+
+gpu: $(READY)
+	$(PY) -m pytest -m gpu
+	@mkdir -p $(OUT)
+	@set -e; for file in benchmarks/*.py; do \
+		name=$$(basename $$file .py); \
+		echo "$(PY) $$file --out $(OUT)/$$name.json"; \
+		$(PY) $$file --out $(OUT)/$$name.json; \
+	done
+
+figures: $(READY)
+	$(PY) docs/make_figures.py --figures $(OUT) README.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and pinned, so that no later step picks a build of its own.
+$(VENV)/.ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'mmcompile needs Python 3.11 or later; name one with: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo 'Python has no venv here; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	@echo 'Installing into $(VENV) (once; some minutes) ...'
+	$(VENV)/bin/python -m pip install -q "setuptools>=77" wheel
+	$(VENV)/bin/python -m pip install "$(TORCH)"
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
