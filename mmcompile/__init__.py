@@ -1,1 +1,35 @@
-"""torch.compile backend that makes the prefill of vision-language models sparse."""
+"""torch.compile backend that makes the prefill of vision-language models sparse.
+
+    torch.compile(model, backend="mminference")
+
+needs no import of this package: torch finds the backend by its entry point. Importing it adds what is here.
+"""
+
+from mmcompile.errors import BoundaryError, MMCompileError, OptionError, UnsupportedSitesError
+from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.modality import ModalityBoundaries, bind
+from mmcompile.model import compile
+from mmcompile.options import Options
+from mmcompile.passes.decide import Reason, SiteRecord
+from mmcompile.prefill import SiteStats, stats
+from mmcompile.report import Report, explain
+from mmcompile.tables import PatternTable
+
+__all__ = [
+    "BoundaryError",
+    "HeadPattern",
+    "MMCompileError",
+    "ModalityBoundaries",
+    "OptionError",
+    "Options",
+    "PatternTable",
+    "Reason",
+    "Report",
+    "SiteRecord",
+    "SiteStats",
+    "UnsupportedSitesError",
+    "bind",
+    "compile",
+    "explain",
+    "stats",
+]

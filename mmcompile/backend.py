@@ -1,0 +1,87 @@
+"""The `torch.compile` backend "mminference": capture, passes, inner compiler."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._logging import trace_structured
+
+from mmcompile.errors import UnsupportedSitesError
+from mmcompile.options import Options
+from mmcompile.passes.decide import SiteRecord
+from mmcompile.passes.pipeline import describe_graph, run_passes
+from mmcompile.prefill import CompiledPrefill
+from mmcompile.report import describe_records
+
+log = logging.getLogger(__name__)
+
+CompiledFunction = Callable[..., Any]
+
+
+def mminference(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> CompiledFunction:
+    """Compile one graph: rewrite the causal attentions of a prefill, hand the rest to the inner backend.
+
+    `torch.compile(model, backend="mminference", options={...}, mode=...)` calls it; options are the fields of
+    `Options`, and mode goes to Inductor. A graph with nothing to rewrite reaches the inner backend untouched.
+    """
+    parsed = Options.parse(options)
+    rewritten = run_passes(
+        module,
+        parsed.head_patterns,
+        density=parsed.density,
+        min_tokens=parsed.min_tokens,
+        disable=parsed.disable,
+    )
+    _log(rewritten.records, rewritten.module)
+    if parsed.strict:
+        _raise_on_refusal(rewritten.records)
+    inner = _inner_compiler(parsed.inner, mode)
+    if rewritten.boundaries is None:
+        return inner(rewritten.module, list(example_inputs))
+    inputs = [*example_inputs, *rewritten.boundaries.examples]
+    return CompiledPrefill(inner(rewritten.module, inputs), rewritten)
+
+
+def _inner_compiler(name: str, mode: str | None) -> CompiledFunction:
+    compiler = lookup_backend(name)
+    if mode is None or mode == "default":
+        return compiler
+    if name != "inductor":
+        raise ValueError(f'mode={mode!r}: only inner="inductor" has modes, not {name!r}')
+    patches = torch._inductor.list_mode_options(mode)
+    return lambda module, inputs: compiler(module, inputs, config_patches=patches)
+
+
+def _raise_on_refusal(records: Sequence[SiteRecord]) -> None:
+    refused = [record for record in records if record.reason.is_refusal]
+    if refused:
+        raise UnsupportedSitesError(
+            f"strict=True, and {len(refused)} attention(s) must stay dense:\n{describe_records(refused)}"
+        )
+
+
+def _log(records: Sequence[SiteRecord], module: fx.GraphModule) -> None:
+    if not records:
+        return
+    log.info("attention sites:\n%s", describe_records(records))
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("rewritten graph:\n%s", describe_graph(module))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "mminference_sites", "encoding": "string"},
+        payload_fn=lambda: describe_records(records),
+    )
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "mminference_rewritten_graph", "encoding": "string"},
+        payload_fn=lambda: describe_graph(module),
+    )

@@ -1,0 +1,107 @@
+"""The backend's options, checked before anything runs."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mmcompile.errors import OptionError
+from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.passes.decide import Patterns
+from mmcompile.passes.pipeline import PASS_NAMES
+from mmcompile.tables import PatternTable
+
+# What "auto" stands for until patterns are chosen online: the paper's static setting, inside each modality.
+AUTO_PATTERN = HeadPattern("a_shape", sink=128, local=4096, boundary="2d")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the backend, by the names `torch.compile(options={...})` takes.
+
+    patterns: "auto" (A-shape, 128 sink and 4096 local tokens, inside each modality), a `HeadPattern` for
+        every head, a `PatternTable`, or the path of a saved table.
+    density: cap on the computed tiles, as a fraction of the causal ones, in (0, 1]. 1.0 computes every
+        tile, which is dense attention; None leaves it to the patterns.
+    min_tokens: prefills with fewer keys run dense.
+    strict: raise `UnsupportedSitesError` where an attention had to stay dense.
+    inner: the backend that compiles the rewritten graph: "inductor", "aot_eager", "eager", or any other
+        registered name.
+    disable: names of passes to leave out.
+    """
+
+    patterns: str | HeadPattern | PatternTable = "auto"
+    density: float | None = None
+    min_tokens: int = 8192
+    strict: bool = False
+    inner: str = "inductor"
+    disable: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patterns", _load_patterns(self.patterns))
+        object.__setattr__(self, "disable", _checked_disable(self.disable))
+        if self.density is not None and (not _is_number(self.density) or not 0 < self.density <= 1):
+            raise OptionError(f"density={self.density!r}: must be a number in (0, 1], or None")
+        if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
+            raise OptionError(f"min_tokens={self.min_tokens!r}: must be an integer of at least 0")
+        if not isinstance(self.strict, bool):
+            raise OptionError(f"strict={self.strict!r}: must be True or False")
+        if not isinstance(self.inner, str) or self.inner == "mminference":
+            raise OptionError(
+                f'inner={self.inner!r}: must name another backend, such as "inductor" or "eager"'
+            )
+
+    @classmethod
+    def parse(cls, options: "Mapping[str, Any] | Options | None") -> "Options":
+        """Options from the mapping that `torch.compile` hands over.
+
+        Raises OptionError for an unknown name (naming the nearest known one) or a value out of range.
+        """
+        if isinstance(options, Options):
+            return options
+        given = dict(options or {})
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+                raise OptionError(
+                    f"unknown option {name!r}; did you mean {nearest!r}? Options are: {', '.join(known)}"
+                )
+        return cls(**given)
+
+    @property
+    def head_patterns(self) -> Patterns:
+        """The patterns in the form the passes take: one for every head, or [layer][head]."""
+        if isinstance(self.patterns, PatternTable):
+            return self.patterns.layers
+        return AUTO_PATTERN if isinstance(self.patterns, str) else self.patterns
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _load_patterns(patterns: Any) -> str | HeadPattern | PatternTable:
+    if isinstance(patterns, HeadPattern | PatternTable) or patterns == "auto":
+        return patterns
+    if isinstance(patterns, str | Path):
+        try:
+            return PatternTable.load(patterns)
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            raise OptionError(
+                f'patterns={str(patterns)!r}: neither "auto" nor a readable pattern table: {error}'
+            ) from error
+    raise OptionError(
+        f'patterns={patterns!r}: must be "auto", a HeadPattern, a PatternTable or the path of one'
+    )
+
+
+def _checked_disable(names: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise OptionError(f"disable={names!r}: must be a list of pass names, such as {list(PASS_NAMES)}")
+    for name in names:
+        if name not in PASS_NAMES:
+            raise OptionError(f"disable={list(names)!r}: no pass {name!r}; choose from {list(PASS_NAMES)}")
+    return tuple(names)

@@ -1,0 +1,191 @@
+"""What was decided for every attention of a model, without running one: `explain` and its report."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from mmcompile.options import Options
+from mmcompile.passes.decide import SiteRecord
+from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.graph import copy_graph
+from mmcompile.passes.pipeline import run_passes
+
+_COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "reason", "pattern")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The attention sites of one call of a model, in execution order, and the graphs they were found in.
+
+    sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke
+    """
+
+    sites: tuple[SiteRecord, ...]
+    graph_count: int
+    breaks: tuple[str, ...]
+
+    @property
+    def sparse_count(self) -> int:
+        """How many sites become sparse."""
+        return sum(site.sparse for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {
+            "graph_count": self.graph_count,
+            "breaks": list(self.breaks),
+            "sparse": self.sparse_count,
+            "dense": len(self.sites) - self.sparse_count,
+            "sites": [site.to_dict() for site in self.sites],
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def table(self) -> Table:
+        """One row a run of like sites, as a rich table."""
+        return sites_table(self.sites)
+
+    def __rich__(self) -> Table:
+        table = self.table()
+        table.caption = self.summary()
+        return table
+
+    def summary(self) -> str:
+        """Totals in one line."""
+        dense = len(self.sites) - self.sparse_count
+        return (
+            f"{self.sparse_count} sparse, {dense} dense, in {self.graph_count} graphs "
+            f"with {len(self.breaks)} graph breaks"
+        )
+
+    def __str__(self) -> str:
+        return _plain(self)
+
+
+def sites_table(sites: Sequence[SiteRecord]) -> Table:
+    """One row a run of sites that differ in nothing but their layer."""
+    table = Table(*_COLUMNS, title="Attention sites", show_lines=False)
+    for like in _runs(sites):
+        first, last = like[0], like[-1]
+        layers = "-" if first.layer is None else str(first.layer)
+        if last.layer != first.layer:
+            layers += f" to {last.layer}"
+        reason = f"{first.reason}: {first.detail}" if first.detail else str(first.reason)
+        table.add_row(
+            (f"{len(like)} x " if len(like) > 1 else "") + (first.module_path or "(unnamed)"),
+            layers,
+            first.phase,
+            f"{first.heads}/{first.kv_heads} x {first.head_dim}",
+            first.query_length
+            if first.query_length == first.key_length
+            else f"{first.query_length} of {first.key_length}",
+            first.mask,
+            "sparse" if first.sparse else "dense",
+            reason,
+            ", ".join(first.patterns) or "-",
+        )
+    return table
+
+
+def describe_records(sites: Sequence[SiteRecord]) -> str:
+    """The same table as plain text, for logs and errors."""
+    return _plain(sites_table(sites))
+
+
+def _plain(renderable: Any) -> str:
+    console = Console(width=200, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get().rstrip()
+
+
+def _runs(sites: Sequence[SiteRecord]) -> list[list[SiteRecord]]:
+    runs: list[list[SiteRecord]] = []
+    for site in sites:
+        if runs and _likeness(runs[-1][-1]) == _likeness(site):
+            runs[-1].append(site)
+        else:
+            runs.append([site])
+    return runs
+
+
+def _likeness(site: SiteRecord) -> dict[str, Any]:
+    values = site.to_dict()
+    if site.layer is not None:
+        values["module_path"] = site.module_path.replace(str(site.layer), "*")
+    del values["layer"]
+    return values
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Say for every attention of `model(*args, **kwargs)` whether the backend would make it sparse, and why.
+
+    The call runs under no_grad with every attention replaced by an empty result, so no attention kernel runs
+    and what the call returns means nothing. `options=Options(...)` or a mapping among the keyword arguments
+    is taken as the backend's options. Dynamo's caches are reset before and after, so compiled models compile
+    again at their next call.
+    """
+    options = Options.parse(kwargs.pop("options", None))
+    recorder = _Recorder(options)
+    torch.compiler.reset()
+    try:
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024):
+            torch.compile(model, backend=recorder)(*args, **kwargs)
+    finally:
+        torch.compiler.reset()
+    return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks))
+
+
+class _Recorder:
+    """A backend that records decisions and runs each graph with its attentions left out."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.records: list[SiteRecord] = []
+        self.breaks: list[str] = []
+        self.graph_count = 0
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graph_count += 1
+        reason = getattr(module, "compile_subgraph_reason", None)
+        if reason is not None and reason.graph_break:
+            self.breaks.append(_describe_break(reason))
+        rewritten = run_passes(
+            module,
+            self.options.head_patterns,
+            density=self.options.density,
+            min_tokens=self.options.min_tokens,
+            disable=self.options.disable,
+        )
+        self.records += rewritten.records
+        return without_attention(module)
+
+
+def without_attention(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph in which every attention returns zeros of the right shape."""
+    copy = copy_graph(module)
+    for site in find_attention(copy):
+        with copy.graph.inserting_before(site.node):
+            zeros = copy.graph.call_function(torch.zeros_like, (site.query,))
+        zeros.meta = dict(site.node.meta)
+        site.node.replace_all_uses_with(zeros)
+        copy.graph.erase_node(site.node)
+    copy.recompile()
+    return copy
+
+
+def _describe_break(reason: Any) -> str:
+    frames = [frame for frame in reason.user_stack if frame.line]
+    text = str(reason.reason).strip().splitlines()[0]
+    if not frames:
+        return text
+    where = frames[-1]
+    return f"{text} at {where.filename}:{where.lineno} in {where.name}: {where.line}"

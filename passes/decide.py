@@ -1,0 +1,246 @@
+"""Decide for every attention site whether it becomes sparse, and say why not where it does not."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.passes.confirm_mask import confirm_mask
+from mmcompile.passes.find_attention import AttentionSite
+from mmcompile.passes.graph import Size, fake_value, same_size, size_key
+from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
+from mmcompile.passes.read_mask import read_mask
+
+Patterns = HeadPattern | Sequence[Sequence[HeadPattern]]  # one for every head, or [layer][head]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_DIM = 256
+
+
+class Reason(StrEnum):
+    """Why a site got its decision; the values are what `explain` prints."""
+
+    SPARSE = "causal prefill"
+    DECODE = "decode step"
+    TOO_SHORT = "too short"
+    NON_CAUSAL = "non-causal"
+    OPAQUE_MASK = "opaque mask"
+    DROPOUT = "dropout"
+    GRADIENT = "gradient needed"
+    UNKNOWN_LAYER = "unknown layer"
+    UNSUPPORTED = "unsupported tensors"
+
+    @property
+    def is_refusal(self) -> bool:
+        """False where dense is what anybody would choose: decode steps and short prefills."""
+        return self not in (Reason.SPARSE, Reason.DECODE, Reason.TOO_SHORT)
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What was decided for one attention site, as data: `explain`, strict mode and the log are views of it.
+
+    Lengths are numbers where the graph is compiled for one length, else the name of the symbol.
+    """
+
+    module_path: str
+    layer: int | None
+    phase: str  # "prefill" or "decode"
+    query_length: str
+    key_length: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: str
+    sparse: bool
+    reason: Reason
+    detail: str
+    patterns: tuple[str, ...]  # distinct patterns of the site's heads, described; empty where dense
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return asdict(self) | {"reason": str(self.reason), "patterns": list(self.patterns)}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A site, its record, and what the rewrite needs where it becomes sparse."""
+
+    site: AttentionSite
+    record: SiteRecord
+    mask: MaskSpec | None = None
+    patterns: tuple[HeadPattern, ...] = ()  # one a head; empty where dense
+
+
+class _Refusal(Exception):
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def decide(sites: Sequence[AttentionSite], patterns: Patterns, min_tokens: int) -> list[Decision]:
+    """One decision a site. A mask that several sites share is read once."""
+    masks: dict[Any, MaskSpec | OpaqueMask] = {}
+    layers = _trusted_layers(sites, patterns)
+    return [_decide_site(site, patterns, min_tokens, masks, layers) for site in sites]
+
+
+def _decide_site(
+    site: AttentionSite,
+    patterns: Patterns,
+    min_tokens: int,
+    masks: dict[Any, MaskSpec | OpaqueMask],
+    layers: dict[AttentionSite, int],
+) -> Decision:
+    mask: MaskSpec | OpaqueMask | None = None
+    try:
+        _require_supported(site)
+        if _is(site.query_length, 1):
+            raise _Refusal(Reason.DECODE, "one query token")
+        mask = _site_mask(site, masks)
+        _require_causal(mask)
+        if isinstance(site.key_length, int) and site.key_length < min_tokens:
+            detail = f"{site.key_length} tokens, sparse from {min_tokens} (option min_tokens)"
+            raise _Refusal(Reason.TOO_SHORT, detail)
+        heads = _head_patterns(site, patterns, layers)
+    except _Refusal as refusal:
+        return Decision(site, _record(site, mask, refusal.reason, refusal.detail, ()))
+    assert isinstance(mask, MaskSpec)
+    detail = "" if min_tokens == 0 else f"dense below {min_tokens} tokens (option min_tokens)"
+    return Decision(site, _record(site, mask, Reason.SPARSE, detail, heads), mask, heads)
+
+
+def _require_supported(site: AttentionSite) -> None:
+    operands = [fake_value(node) for node in (site.query, site.key, site.value)]
+    query, key, value = operands
+    if site.dropout_p > 0:
+        raise _Refusal(Reason.DROPOUT, f"dropout_p={site.dropout_p}; call model.eval()")
+    if any(operand.requires_grad for operand in operands):
+        raise _Refusal(Reason.GRADIENT, "call the model under torch.no_grad() or torch.inference_mode()")
+    if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise _Refusal(Reason.UNSUPPORTED, f"dtypes {query.dtype}, {key.dtype}, {value.dtype}")
+    if not (query.device == key.device == value.device) or query.device.type not in ("cpu", "cuda"):
+        raise _Refusal(Reason.UNSUPPORTED, f"devices {query.device}, {key.device}, {value.device}")
+    if not (_is(query.shape[3], int(key.shape[3])) and _is(key.shape[3], int(value.shape[3]))):
+        raise _Refusal(Reason.UNSUPPORTED, "query, key and value differ in head dim")
+    if query.shape[3] > _MAX_HEAD_DIM:
+        raise _Refusal(Reason.UNSUPPORTED, f"head dim {query.shape[3]}, at most {_MAX_HEAD_DIM}")
+    if not (same_size(query.shape[0], key.shape[0]) and same_size(key.shape[0], value.shape[0])):
+        raise _Refusal(Reason.UNSUPPORTED, "query, key and value differ in batch")
+    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1] != 0:
+        raise _Refusal(Reason.UNSUPPORTED, f"{query.shape[1]}, {key.shape[1]}, {value.shape[1]} heads")
+    if not same_size(key.shape[2], value.shape[2]):
+        raise _Refusal(Reason.UNSUPPORTED, "key and value differ in length")
+
+
+def _site_mask(site: AttentionSite, masks: dict[Any, MaskSpec | OpaqueMask]) -> MaskSpec | OpaqueMask:
+    if site.mask is None:
+        if not site.is_causal:
+            raise _Refusal(Reason.NON_CAUSAL, "no mask and is_causal=False")
+        # torch aligns is_causal with the first key, whatever the lengths.
+        return MaskSpec(offset=0)
+    key = (site.mask, size_key(site.query_length), size_key(site.key_length))
+    if key not in masks:
+        masks[key] = _read_and_confirm(site)
+    return masks[key]
+
+
+def _read_and_confirm(site: AttentionSite) -> MaskSpec | OpaqueMask:
+    assert site.mask is not None
+    if site.is_causal:
+        return OpaqueMask("attn_mask and is_causal=True together")
+    mask = read_mask(site.mask, site.query_length, site.key_length)
+    if isinstance(mask, OpaqueMask):
+        return mask
+    disagreement = confirm_mask(site.mask, mask)
+    return mask if disagreement is None else OpaqueMask(f"not confirmed: {disagreement}")
+
+
+def _require_causal(mask: MaskSpec | OpaqueMask) -> None:
+    if isinstance(mask, OpaqueMask):
+        raise _Refusal(Reason.OPAQUE_MASK, mask.reason)
+    if not mask.causal:
+        raise _Refusal(Reason.NON_CAUSAL, mask.describe())
+
+
+def _head_patterns(
+    site: AttentionSite, patterns: Patterns, layers: dict[AttentionSite, int]
+) -> tuple[HeadPattern, ...]:
+    if isinstance(patterns, HeadPattern):
+        return (patterns,) * site.heads
+    if site not in layers:
+        raise _Refusal(
+            Reason.UNKNOWN_LAYER,
+            f"the table has {len(patterns)} layers, and this graph does not hold exactly layers "
+            f"0 to {len(patterns) - 1} of one stack (module path {site.module_path!r})",
+        )
+    heads = tuple(patterns[layers[site]])
+    if len(heads) != site.heads:
+        raise _Refusal(Reason.UNKNOWN_LAYER, f"the table has {len(heads)} heads a layer, this site {site.heads}")
+    return heads
+
+
+def _trusted_layers(sites: Sequence[AttentionSite], patterns: Patterns) -> dict[AttentionSite, int]:
+    """The sites whose layer is certain.
+
+    A module path is relative to whatever frame was compiled, so a number in it is the model's layer only
+    where the graph holds the whole stack: layers 0 to N-1, each once, with the table's N. After a break
+    inside the layer loop, or with each layer compiled by itself, one graph serves several layers and no
+    name in it can tell which.
+    """
+    if isinstance(patterns, HeadPattern):
+        return {}
+    stacks: dict[str, list[AttentionSite]] = defaultdict(list)
+    for site in sites:
+        if site.layer is not None:
+            stacks[site.stack].append(site)
+    whole = list(range(len(patterns)))
+    return {
+        site: site.layer
+        for stack in stacks.values()
+        if sorted(site.layer for site in stack if site.layer is not None) == whole
+        for site in stack
+        if site.layer is not None
+    }
+
+
+def _record(
+    site: AttentionSite,
+    mask: MaskSpec | OpaqueMask | None,
+    reason: Reason,
+    detail: str,
+    heads: Sequence[HeadPattern],
+) -> SiteRecord:
+    return SiteRecord(
+        module_path=site.module_path,
+        layer=site.layer,
+        phase="decode" if _is(site.query_length, 1) else "prefill",
+        query_length=size_key(site.query_length),
+        key_length=size_key(site.key_length),
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        mask=_describe(site, mask),
+        sparse=reason is Reason.SPARSE,
+        reason=reason,
+        detail=detail,
+        patterns=tuple(dict.fromkeys(str(pattern) for pattern in heads)),
+    )
+
+
+def _describe(site: AttentionSite, mask: MaskSpec | OpaqueMask | None) -> str:
+    if isinstance(mask, MaskSpec):
+        return mask.describe()
+    if isinstance(mask, OpaqueMask):
+        return "opaque"
+    if site.mask is not None:
+        return "not read"
+    return "causal" if site.is_causal else "none"
+
+
+def _is(size: Size, number: int) -> bool:
+    return isinstance(size, int) and size == number

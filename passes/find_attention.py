@@ -1,0 +1,172 @@
+"""Find every scaled dot-product attention of a graph, whichever tracer made it."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mmcompile.passes.graph import Size, fake_value, same_size
+
+_SDPA_TARGETS = (
+    torch._C._nn.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+_SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # positional, in order
+_RESHAPES = ("reshape", "view", torch.reshape, torch.ops.aten.reshape.default, torch.ops.aten.view.default)
+_EXPANDS = ("expand", torch.ops.aten.expand.default)
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call of a graph, in one form for Dynamo's and for export's graphs.
+
+    `query` [B, H, Sq, D]; `key` and `value` [B, Hkv, Sk, D], before heads were repeated.
+    """
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    is_causal: bool
+    dropout_p: float
+    scale: float | None
+    module_path: str
+
+    @property
+    def batch(self) -> Size:
+        return fake_value(self.query).shape[0]
+
+    @property
+    def heads(self) -> int:
+        return int(fake_value(self.query).shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(fake_value(self.key).shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        return int(fake_value(self.query).shape[3])
+
+    @property
+    def query_length(self) -> Size:
+        return fake_value(self.query).shape[2]
+
+    @property
+    def key_length(self) -> Size:
+        return fake_value(self.key).shape[2]
+
+    @property
+    def layer(self) -> int | None:
+        """The last number in the module path: the layer, as far as this graph's names tell it."""
+        numbers = _LAYER.findall(self.module_path)
+        return int(numbers[-1]) if numbers else None
+
+    @property
+    def stack(self) -> str:
+        """The module path with the layer's number left out: the same for all layers of one stack."""
+        match = list(_LAYER.finditer(self.module_path))
+        if not match:
+            return self.module_path
+        return self.module_path[: match[-1].start(1)] + "*" + self.module_path[match[-1].end(1) :]
+
+
+def find_attention(module: fx.GraphModule) -> list[AttentionSite]:
+    """The attention sites of a graph in execution order.
+
+    A call whose arguments have no recorded fake value, or are not 4-dimensional, is no site: nothing about
+    it could be proved.
+    """
+    sites = []
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in _SDPA_TARGETS:
+            site = _bind(node)
+            if site is not None:
+                sites.append(site)
+    return sites
+
+
+def _bind(node: fx.Node) -> AttentionSite | None:
+    bound: dict[str, Any] = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
+    query, key, value = bound["query"], bound["key"], bound["value"]
+    for operand in (query, key, value):
+        operand_value = fake_value(operand) if isinstance(operand, fx.Node) else None
+        if not isinstance(operand_value, torch.Tensor) or operand_value.dim() != 4:
+            return None
+    unrepeated = undo_repeat_kv(key), undo_repeat_kv(value)
+    if same_size(fake_value(unrepeated[0]).shape[1], fake_value(unrepeated[1]).shape[1]):
+        key, value = unrepeated
+    return AttentionSite(
+        node=node,
+        query=query,
+        key=key,
+        value=value,
+        mask=bound.get("attn_mask"),
+        is_causal=bool(bound.get("is_causal", False)),
+        dropout_p=float(bound.get("dropout_p", 0.0)),
+        scale=bound.get("scale"),
+        module_path=_module_path(node),
+    )
+
+
+def undo_repeat_kv(node: fx.Node) -> fx.Node:
+    """The [B, Hkv, S, D] tensor whose heads `node` repeats, or `node` itself if it repeats none.
+
+    The form is: insert an axis after the heads, expand it to n, merge it into the heads. Shapes decide, so
+    that the ways to write each step (indexing with None or unsqueeze, view or reshape) need no list; only
+    n copies of each head side by side count, since that is the layout grouped-query attention means.
+    """
+    merge = node
+    if merge.target not in _RESHAPES:
+        return node
+    expand = merge.args[0]
+    if not isinstance(expand, fx.Node) or expand.target not in _EXPANDS:
+        return node
+    insert = expand.args[0]
+    if not isinstance(insert, fx.Node) or not insert.args or not isinstance(insert.args[0], fx.Node):
+        return node
+    source = insert.args[0]
+    shapes = [fake_value(step) for step in (source, insert, expand, merge)]
+    if not all(isinstance(shape, torch.Tensor) for shape in shapes):
+        return node
+    if _inserts_axis(insert) and _repeats_heads(*(tuple(shape.shape) for shape in shapes)):
+        return source
+    return node
+
+
+def _inserts_axis(node: fx.Node) -> bool:
+    if node.target in ("unsqueeze", torch.unsqueeze, torch.ops.aten.unsqueeze.default):
+        return True
+    if "getitem" not in getattr(node.target, "__name__", "") or not isinstance(node.args[1], tuple):
+        return False
+    return all(index is None or index is Ellipsis or index == slice(None) for index in node.args[1])
+
+
+def _repeats_heads(source: tuple, insert: tuple, expand: tuple, merge: tuple) -> bool:
+    if (len(source), len(insert), len(expand), len(merge)) != (4, 5, 5, 4):
+        return False
+    batch, heads, length, dim = source
+    repeats = expand[2]
+    if isinstance(repeats, torch.SymInt) or isinstance(heads, torch.SymInt):
+        return False
+    expected = (
+        (insert, (batch, heads, 1, length, dim)),
+        (expand, (batch, heads, repeats, length, dim)),
+        (merge, (batch, heads * repeats, length, dim)),
+    )
+    return all(same_size(a, b) for got, want in expected for a, b in zip(got, want, strict=True))
+
+
+def _module_path(node: fx.Node) -> str:
+    """Dotted path of the innermost module, relative to what was compiled; empty where the tracer lost it."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['(?:self|fn|mod)'\]\.?", "", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
+    return path.replace("_modules.", "").strip(".")

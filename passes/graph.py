@@ -1,0 +1,129 @@
+"""Working on FX graphs without losing what Dynamo attached to them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+Size = int | torch.SymInt
+
+# Dynamo attaches these as plain attributes; fx copies neither. Without them Inductor no longer knows
+# which inputs are static (weights), and re-allocates for them.
+_NODE_ATTRIBUTES = ("_dynamo_source",)
+_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "compile_subgraph_reason")
+
+
+def copy_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph module whose graph may be edited; parameters, buffers and submodules are shared with `module`."""
+    graph = fx.Graph(tracer_cls=module.graph._tracer_cls)
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(module.graph, copies)
+    graph.output(output)
+    original_output = module.graph.find_nodes(op="output")[0]
+    graph.find_nodes(op="output")[0].meta = dict(original_output.meta)
+    for original, copied in copies.items():
+        for name in _NODE_ATTRIBUTES:
+            if hasattr(original, name):
+                setattr(copied, name, getattr(original, name))
+    copy = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    copy.meta = dict(module.meta)
+    for name in _MODULE_ATTRIBUTES:
+        if hasattr(module, name):
+            setattr(copy, name, getattr(module, name))
+    return copy
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What the tracer knew of a node's value: a fake tensor, a SymInt, a tuple of them, or None if unknown.
+
+    Dynamo records it as `example_value`, `torch.export` as `val`.
+    """
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def set_fake_value(node: fx.Node, value: Any) -> None:
+    """Record `value` where both Dynamo's and export's readers look for it."""
+    node.meta["example_value"] = value
+    node.meta["val"] = value
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs, in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The graph's single output node."""
+    return next(iter(graph.find_nodes(op="output")))
+
+
+def op_count(module: fx.GraphModule, *targets: Any) -> int:
+    """How many call_function nodes of the graph have one of the targets."""
+    return sum(len(module.graph.find_nodes(op="call_function", target=target)) for target in targets)
+
+
+def same_size(left: Size, right: Size) -> bool:
+    """Whether two sizes are equal for every input this graph serves. Never adds a guard."""
+    if isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt):
+        return _expression(left) == _expression(right)
+    return left == right
+
+
+def size_key(size: Size) -> str:
+    """A text that is the same for two sizes exactly when `same_size` says so."""
+    return str(_expression(size))
+
+
+def _expression(size: Size) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def size_argument(graph: fx.Graph, tensor: fx.Node, dim: int) -> int | fx.Node:
+    """One dimension of `tensor` as a graph argument: the int where it is static, else a node that reads it."""
+    size = fake_value(tensor).shape[dim]
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    node = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
+    set_fake_value(node, size)
+    return node
+
+
+def erase_if_unused(graph: fx.Graph, roots: Iterable[fx.Node | None]) -> int:
+    """Erase the roots and what only they needed; returns how many nodes went.
+
+    Plain dead-code elimination looks at the whole graph, and there it removes calls made for their side
+    effect alone (the nesting calls of vmap, say), which breaks masks we do not touch. This stays inside the
+    backward slice of the roots.
+    """
+    pending = [root for root in roots if root is not None]
+    erased = 0
+    while pending:
+        node = pending.pop()
+        if node._erased or node.users or node.op in ("placeholder", "output") or node.is_impure():
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        erased += 1
+        pending.extend(inputs)
+    return erased
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], arguments: Sequence[Any]) -> fx.Node:
+    """Insert a call whose fake value is computed from its arguments' fake values."""
+    node = graph.call_function(target, tuple(arguments))
+    values = fx.map_arg(tuple(arguments), fake_value)
+    mode = _fake_mode(values)
+    if mode is None:
+        set_fake_value(node, target(*values))
+    else:
+        with mode:
+            set_fake_value(node, target(*values))
+    return node
+
+
+def _fake_mode(values: Sequence[Any]) -> Any:
+    for value in values:
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    return None

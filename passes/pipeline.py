@@ -1,0 +1,76 @@
+"""The passes in order: a graph goes in, a rewritten copy and the record of what was decided come out."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
+from mmcompile.passes.decide import Decision, Patterns, SiteRecord, decide
+from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.fold_permutations import fold_permutations
+from mmcompile.passes.graph import copy_graph, fake_value, output_node
+from mmcompile.passes.rewrite_attention import rewrite_attention
+
+log = logging.getLogger(__name__)
+
+PASS_NAMES = ("fold_permutations",)  # the passes that `disable` may name
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph after the passes.
+
+    `module` is the caller's own module, untouched, where nothing became sparse. Otherwise it is a copy with
+    three more inputs (`boundaries`), and with one more output a rewritten site: the site's realised density
+    [B, P], in the order of `sparse`.
+    """
+
+    module: fx.GraphModule
+    records: tuple[SiteRecord, ...]
+    sparse: tuple[Decision, ...]
+    boundaries: BoundaryInputs | None
+
+
+def run_passes(
+    module: fx.GraphModule,
+    patterns: Patterns,
+    *,
+    density: float | None = None,
+    min_tokens: int = 0,
+    disable: Sequence[str] = (),
+) -> Rewritten:
+    """Find, decide, add boundaries, rewrite, fold. `module` itself is never edited."""
+    # The copy comes first: reading decisions off the graph that will be edited keeps one set of nodes.
+    copy = copy_graph(module)
+    decisions = decide(find_attention(copy), patterns, min_tokens)
+    records = tuple(decision.record for decision in decisions)
+    sparse = tuple(decision for decision in decisions if decision.record.sparse)
+    if not sparse:
+        return Rewritten(module, records, (), None)
+
+    boundaries = add_boundaries(copy, fake_value(sparse[0].site.query).device)
+    result = rewrite_attention(copy, sparse, boundaries, density=density, min_tokens=min_tokens)
+    log.info("rewrite_attention: %d sites on %d plans", len(sparse), result.plans)
+    if "fold_permutations" not in disable:
+        log.info("fold_permutations: %d pairs", fold_permutations(copy))
+    _append_outputs(copy, [density_node for _, density_node in result.densities])
+    copy.graph.lint()
+    copy.recompile()
+    return Rewritten(copy, records, sparse, boundaries)
+
+
+def _append_outputs(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    output = output_node(module.graph)
+    (results,) = output.args
+    if not isinstance(results, tuple | list):
+        raise TypeError(f"a graph whose output is {type(results).__name__}, not a tuple, cannot be extended")
+    output.args = ((*results, *nodes),)
+
+
+def describe_graph(module: fx.GraphModule) -> str:
+    """The graph as readable code, for the log and the structured trace."""
+    with torch._dynamo.config.patch(verbose=False):
+        return module.print_readable(print_output=False)
