@@ -14,32 +14,34 @@ from pathlib import Path
 import av
 import numpy as np
 
-SIDE = 224
-FRAMES = 96
-RATE = 12
-CUTS = (40, 72)
+HEIGHT, WIDTH = 336, 448
+FRAMES = 64
+RATE = 8
+CUTS = (27, 48)
 
 
 def draw(frame: int) -> np.ndarray:
-    """One picture, uint8 `[SIDE, SIDE, 3]`."""
+    """One picture, uint8 `[HEIGHT, WIDTH, 3]`."""
     scene = sum(frame >= cut for cut in CUTS)
-    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
-    ground = 0.5 + 0.22 * np.sin(x / (9 + 4 * scene) + 0.6 * scene) * np.cos(y / (13 - 3 * scene))
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
+    ground = 0.5 + 0.22 * np.sin(x / (14 + 6 * scene) + 0.6 * scene) * np.cos(y / (20 - 4 * scene))
     tint = np.array([(0.55, 0.75, 0.95), (0.95, 0.8, 0.55), (0.65, 0.95, 0.7)][scene])
     picture = ground[..., None] * tint
     time = frame / RATE
     for shape in range(3):
         angle = time * (0.7 + 0.35 * shape) + 2.1 * shape + scene
-        centre_x = SIDE * (0.5 + 0.30 * math.cos(angle))
-        centre_y = SIDE * (0.5 + 0.28 * math.sin(angle * (1 + 0.25 * shape)))
-        radius = 20 + 9 * shape
+        centre_x = WIDTH * (0.5 + 0.30 * math.cos(angle))
+        centre_y = HEIGHT * (0.5 + 0.28 * math.sin(angle * (1 + 0.25 * shape)))
+        radius = 34 + 14 * shape
         u, v = x - centre_x, y - centre_y
         inside = (
             u * u + v * v < radius * radius,
             abs(u) + abs(v) < radius,
             np.maximum(abs(u), abs(v)) < radius,
         )[shape]
-        stripes = 0.6 + 0.4 * np.sign(np.sin((u * math.cos(angle) + v * math.sin(angle)) / (2.5 + shape)))
+        stripes = 0.6 + 0.4 * np.sign(
+            np.sin((u * math.cos(angle) + v * math.sin(angle)) / (4.0 + 1.5 * shape))
+        )
         colour = np.roll(np.array([0.95, 0.35, 0.2]), shape + scene)
         picture = np.where(inside[..., None], stripes[..., None] * colour, picture)
     return (picture.clip(0, 1) * 255).astype(np.uint8)
@@ -51,7 +53,7 @@ def write(path: Path) -> None:
         stream = container.add_stream(
             "libx264", rate=Fraction(RATE), options={"crf": "26", "preset": "veryslow"}
         )
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for frame in range(FRAMES):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(draw(frame), format="rgb24")))
         container.mux(stream.encode())
@@ -60,4 +62,4 @@ def write(path: Path) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("moving_shapes.mp4")
     write(target)
-    print(f"{target}: {FRAMES} frames of {SIDE} x {SIDE}, {target.stat().st_size / 1024:.0f} KiB")
+    print(f"{target}: {FRAMES} frames of {WIDTH} x {HEIGHT}, {target.stat().st_size / 1024:.0f} KiB")

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mmcompile.errors import MMCompileError
+
 if TYPE_CHECKING:
     from av.container import InputContainer
 
 
-class VideoError(RuntimeError):
+class VideoError(MMCompileError):
     """A video cannot be read. The message names the file and says what to do, in one line."""
 
 
