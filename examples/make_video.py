@@ -39,9 +39,8 @@ def draw(frame: int) -> np.ndarray:
             abs(u) + abs(v) < radius,
             np.maximum(abs(u), abs(v)) < radius,
         )[shape]
-        stripes = 0.6 + 0.4 * np.sign(
-            np.sin((u * math.cos(angle) + v * math.sin(angle)) / (4.0 + 1.5 * shape))
-        )
+        across = u * math.cos(angle) + v * math.sin(angle)
+        stripes = 0.6 + 0.4 * np.sign(np.sin(across / (4.0 + 1.5 * shape)))
         colour = np.roll(np.array([0.95, 0.35, 0.2]), shape + scene)
         picture = np.where(inside[..., None], stripes[..., None] * colour, picture)
     return (picture.clip(0, 1) * 255).astype(np.uint8)

@@ -85,8 +85,8 @@ def example_inputs(
         seed: of the random words.
 
     Returns:
-        Keyword arguments of the model's forward: `input_ids` int64 `[1, S]` and `attention_mask`; with a video
-        also `pixel_values_videos`, `video_grid_thw` and `mm_token_type_ids`.
+        Keyword arguments of the model's forward: `input_ids` int64 `[1, S]` and `attention_mask`, and with a
+        video `pixel_values_videos`, `video_grid_thw` and `mm_token_type_ids`.
 
     Raises:
         ModelError: the model's family has no video layout known here, or the video does not fit in `tokens`.
