@@ -59,7 +59,7 @@ interpreter: $(READY)
 gpu: $(READY)
 	$(PY) -m pytest -m gpu
 	@mkdir -p $(OUT)
-	@set -e; for file in benchmarks/*.py; do \
+	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \
 		name=$$(basename $$file .py); \
 		echo "$(PY) $$file --out $(OUT)/$$name.json"; \
 		$(PY) $$file --out $(OUT)/$$name.json; \
