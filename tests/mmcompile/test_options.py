@@ -1,0 +1,83 @@
+"""Options and pattern tables: what is refused, and how it is said."""
+
+import json
+
+import pytest
+import torch
+
+from mmcompile import HeadPattern, OptionError, Options, PatternTable
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"densty": 0.1}, r"unknown option 'densty'; did you mean 'density'\?"),
+        ({"density": 0}, r"density=0: must be a number in \(0, 1\]"),
+        ({"density": 1.5}, r"density=1.5: must be a number in \(0, 1\]"),
+        ({"density": "half"}, r"density='half': must be a number in \(0, 1\]"),
+        ({"density": True}, r"density=True: must be a number"),
+        ({"min_tokens": -1}, r"min_tokens=-1: must be an integer of at least 0"),
+        ({"min_tokens": 1.5}, r"min_tokens=1.5: must be an integer"),
+        ({"strict": 1}, r"strict=1: must be True or False"),
+        ({"inner": "mminference"}, r"inner='mminference': must name another backend"),
+        ({"disable": "fold_permutations"}, r"disable='fold_permutations': must be a list of pass names"),
+        ({"disable": ["fold"]}, r"no pass 'fold'; choose from"),
+        ({"patterns": 3}, r"patterns=3: must be \"auto\""),
+        ({"patterns": "nowhere.json"}, r"patterns='nowhere.json': neither \"auto\" nor a readable pattern table"),
+    ],
+)
+def test_a_bad_option_is_one_clear_error(options, message):
+    with pytest.raises(OptionError, match=message):
+        Options.parse(options)
+
+
+def test_equal_options_are_equal_so_that_nothing_recompiles():
+    assert Options.parse({"density": 0.5}) == Options(density=0.5)
+    assert Options.parse(None) == Options()
+
+
+def test_a_table_survives_its_file(tmp_path):
+    path = tmp_path / "table.json"
+    table = PatternTable.of([[HeadPattern("a_shape", 1, 64), HeadPattern()], [HeadPattern("tri_shape"), HeadPattern()]])
+    table.save(path)
+    assert PatternTable.load(path) == table
+    assert Options(patterns=str(path)).head_patterns == table.layers
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "not JSON"),
+        (json.dumps({"format": "other"}), 'no "format": "mmcompile.PatternTable" in it'),
+        (json.dumps({"format": "mmcompile.PatternTable", "version": 9}), "has version 9; this release reads 1"),
+        (json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": 3}), "must be a list of lists"),
+        (
+            json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": [[{"kind": "b_shape"}]]}),
+            "layer 0: kind='b_shape'",
+        ),
+        (
+            json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": [[{"kind": "dense"}], []]}),
+            "layer 1 has 0 heads, layer 0 has 1",
+        ),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_with_the_reason(tmp_path, content, message):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(OptionError, match=message):
+        Options(patterns=str(path))
+
+
+def test_the_backend_refuses_bad_options_in_one_line_before_anything_runs():
+    ran = []
+
+    def model(x):
+        ran.append(x)
+        return x + 1
+
+    compiled = torch.compile(model, backend="mminference", options={"densty": 0.1})
+    with pytest.raises(OptionError, match="did you mean 'density'") as raised:
+        compiled(torch.zeros(2))
+    # What torch appends is a hint of its own; nothing of Dynamo's own stack stands before our line.
+    assert str(raised.value).startswith("unknown option 'densty'")
+    assert not ran

@@ -1,0 +1,175 @@
+"""A whole tiny Qwen2.5-VL through the backend: prefill, decode, second videos, boundaries, recompiles."""
+
+import copy
+
+import pytest
+import torch
+
+import mmcompile
+from mmcompile import HeadPattern
+from mmcompile.backend import mminference
+from mmcompile.huggingface import Text, prompts
+from mmcompile.modality import IMAGE, TEXT, VIDEO
+from tests.mmcompile import spy
+from tests.models.tiny import image, tiny_qwen2_5_vl, video
+
+DENSE = {"density": 1.0, "min_tokens": 0, "inner": "eager"}
+SPY = DENSE | {"inner": "spy_on_plans"}
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return tiny_qwen2_5_vl(layers=LAYERS)
+
+
+@pytest.fixture
+def model(eager):
+    return copy.deepcopy(eager)
+
+
+def short_video(model, steps=4, text=20):
+    return prompts(model, [[Text(text), video(steps, 8, 8), Text(text)]])
+
+
+def prefill_and_decode(model, inputs, steps=8):
+    """Logits of a prefill and of greedy decode steps on its cache, [steps + 1, vocabulary]."""
+    out = model(**inputs, use_cache=True)
+    logits, cache, mask = [out.logits[:, -1]], out.past_key_values, inputs["attention_mask"]
+    for _ in range(steps):
+        token = logits[-1].argmax(-1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        out = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1])
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_prefill_decode_and_a_second_longer_video_equal_eager(eager, model, inner):
+    run = torch.compile(model, backend="mminference", options=DENSE | {"inner": inner})
+    for inputs in (short_video(eager), short_video(eager, steps=6, text=40)):
+        torch.testing.assert_close(
+            prefill_and_decode(run, inputs), prefill_and_decode(eager, inputs), atol=1e-4, rtol=0
+        )
+        assert [site.density for site in mmcompile.stats(model)] == [1.0] * LAYERS
+
+
+@torch.no_grad()
+def test_generate_prefills_through_the_compiled_model(eager, model):
+    mmcompile.compile(model, **DENSE)
+    inputs = short_video(eager)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **settings), eager.generate(**inputs, **settings))
+    assert [site.layer for site in mmcompile.stats(model)] == list(range(LAYERS))
+
+
+def mixed_prompt(model):
+    return prompts(model, [[Text(9), image(4, 8), Text(5), video(4, 4, 8), Text(7)]])
+
+
+# <|vision_start|> and <|vision_end|> are text.
+MIXED = [(0, TEXT), (10, IMAGE), (18, TEXT), (25, VIDEO), (57, TEXT)]
+
+
+@torch.no_grad()
+def test_plain_torch_compile_finds_the_boundaries_in_rotary_positions(model):
+    run = torch.compile(model, backend="mminference", options=SPY)
+    spy.plan_arguments.clear()
+    run(**mixed_prompt(model))
+    assert list(map(spy.segments, spy.plan_arguments)) == [MIXED]  # one plan serves every layer
+
+
+@torch.no_grad()
+def test_compile_finds_the_boundaries_in_the_models_inputs(model):
+    mmcompile.compile(model, **SPY)
+    spy.plan_arguments.clear()
+    model(**mixed_prompt(model))
+    assert list(map(spy.segments, spy.plan_arguments)) == [MIXED]
+
+
+@torch.no_grad()
+def test_bound_boundaries_come_first_and_the_next_call_does_not_see_them(model):
+    mmcompile.compile(model, **SPY)
+    inputs = mixed_prompt(model)
+    length = inputs["input_ids"].shape[1]
+    given = mmcompile.ModalityBoundaries(torch.tensor([0, 30, length]).int(), torch.tensor([2, 0]).int())
+    spy.plan_arguments.clear()
+    with mmcompile.bind(given):
+        model(**inputs)
+    model(**inputs)
+    model(**short_video(model))
+    first, second, third = map(spy.segments, spy.plan_arguments)
+    assert first == [(0, VIDEO), (30, TEXT)]
+    assert second == MIXED
+    assert third == [(0, TEXT), (21, VIDEO), (85, TEXT)]
+
+
+@torch.no_grad()
+def test_a_left_padded_batch_with_different_layouts(eager, model):
+    rows = [[Text(9), video(4, 8, 8), Text(30)], [Text(40), image(4, 8), Text(5)]]
+    inputs = prompts(eager, rows)
+    run = torch.compile(model, backend="mminference", options=DENSE | {"strict": False})
+    got, expected = run(**inputs).logits, eager(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_ten_lengths_and_ten_boundary_sets_after_the_first_two_recompile_nothing(eager, model):
+    language_graphs = []
+
+    def backend(module, example_inputs):
+        if mmcompile.passes.find_attention.find_attention(module):
+            language_graphs.append(module)
+        return mminference(module, example_inputs, options=DENSE)
+
+    text_model = model.model.language_model
+    run = torch.compile(text_model, backend=backend)
+
+    def prompt(text, height):
+        """Embeddings and positions as the whole model computes them before its decoder."""
+        inputs = prompts(eager, [[Text(text), video(2, height, 8), Text(text + 3)]])
+        kept = {}
+        hook = eager.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: kept.update(kwargs), with_kwargs=True
+        )
+        eager(**inputs, use_cache=False)
+        hook.remove()
+        return {name: kept[name] for name in ("inputs_embeds", "position_ids", "attention_mask", "use_cache")}
+
+    for index in range(12):
+        arguments = prompt(text=17 + 5 * index, height=4 + 2 * (index % 4))
+        if index == 2:
+            warm = len(language_graphs)
+        torch.testing.assert_close(
+            run(**arguments).last_hidden_state,
+            eager.model.language_model(**arguments).last_hidden_state,
+            atol=1e-4,
+            rtol=0,
+        )
+    assert len(language_graphs) == warm <= 2
+
+
+@torch.no_grad()
+def test_explain_names_every_layer_of_the_decoder_and_every_refusal(model):
+    report = mmcompile.explain(model, **short_video(model), options={"min_tokens": 0})
+    decoder = [site for site in report.sites if "language_model" in site.module_path]
+    assert [(site.layer, site.sparse, site.mask) for site in decoder] == [
+        (layer, True, "causal+padding") for layer in range(LAYERS)
+    ]
+    vision = [site for site in report.sites if site not in decoder]
+    assert vision
+    assert {str(site.reason) for site in vision} == {"non-causal"}
+    assert report.graph_count > 1
+    assert report.breaks
+
+
+@torch.no_grad()
+def test_sparse_is_finite_and_says_its_density(model):
+    inputs = prompts(model, [[Text(300), video(16, 8, 16), Text(300)]])
+    options = {"min_tokens": 0, "inner": "eager", "patterns": HeadPattern("a_shape", 128, 128, boundary="2d")}
+    mmcompile.compile(model, **options)
+    assert model(**inputs).logits.isfinite().all()
+    for site in mmcompile.stats(model):
+        assert 0 < site.density < 1

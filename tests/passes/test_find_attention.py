@@ -1,0 +1,163 @@
+"""Finding attention: every way to write repeat_kv, and the calls that only look like it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.graph import copy_graph, erase_if_unused, op_count, placeholders, size_key
+
+HEADS, KV_HEADS, LENGTH, DIM = 4, 2, 6, 8
+
+
+def capture(function, *inputs, dynamic=False):
+    """The graph that Dynamo hands a backend for this call; dynamic: the second last dimension is a symbol."""
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(copy_graph(module))
+        return module.forward
+
+    torch.compiler.reset()
+    for tensor in inputs if dynamic else ():
+        torch._dynamo.mark_dynamic(tensor, tensor.dim() - 2)
+    with torch.no_grad():
+        torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    return graphs[-1]
+
+
+def operands(kv_heads=KV_HEADS):
+    return (
+        torch.randn(1, HEADS, LENGTH, DIM),
+        torch.randn(1, kv_heads, LENGTH, DIM),
+        torch.randn(1, kv_heads, LENGTH, DIM),
+    )
+
+
+def by_indexing(x):
+    return x[:, :, None, :, :].expand(1, KV_HEADS, 2, x.shape[2], DIM).reshape(1, HEADS, x.shape[2], DIM)
+
+
+def by_unsqueeze(x):
+    return x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(1, HEADS, x.shape[2], DIM)
+
+
+def interleaved(x):  # heads 0 1 0 1: repeats, but not the layout of grouped-query attention
+    return x[:, None].expand(1, 2, KV_HEADS, LENGTH, DIM).reshape(1, HEADS, LENGTH, DIM)
+
+
+def scaled_twice(x):
+    return (x[:, :, None] * torch.ones(1, 1, 2, 1, 1)).reshape(1, HEADS, LENGTH, DIM)
+
+
+@pytest.mark.parametrize("repeat", [by_indexing, by_unsqueeze])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_repeat_kv_is_undone(repeat, dynamic):
+    module = capture(
+        lambda q, k, v: F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True), *operands(),
+        dynamic=dynamic,
+    )
+    (site,) = find_attention(module)
+    assert (site.heads, site.kv_heads, site.head_dim) == (HEADS, KV_HEADS, DIM)
+    assert site.key.op == site.value.op == "placeholder"
+
+
+@pytest.mark.parametrize("repeat", [interleaved, scaled_twice])
+def test_what_only_looks_like_repeat_kv_is_left_alone(repeat):
+    module = capture(
+        lambda q, k, v: F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True), *operands()
+    )
+    (site,) = find_attention(module)
+    assert site.kv_heads == HEADS
+
+
+def test_gqa_flag_and_positional_arguments():
+    module = capture(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=0.5, enable_gqa=True),
+        *operands(),
+    )
+    (site,) = find_attention(module)
+    assert (site.kv_heads, site.is_causal, site.scale, site.mask, site.dropout_p) == (KV_HEADS, True, 0.5, None, 0.0)
+
+
+def test_exported_graphs_give_the_same_sites():
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, by_indexing(k), by_unsqueeze(v), is_causal=True)
+
+    program = torch.export.export(Attention(), operands())
+    (site,) = find_attention(program.graph_module)
+    assert (site.heads, site.kv_heads, site.is_causal) == (HEADS, KV_HEADS, True)
+    assert site.key.op == "placeholder"
+
+
+def test_three_dimensional_attention_is_no_site():
+    module = capture(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), torch.randn(2, 6, 8))
+    assert find_attention(module) == []
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        q = self.projection(x)
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_module_path_layer_and_stack():
+    sites = find_attention(capture(Decoder(), torch.randn(1, HEADS, LENGTH, DIM)))
+    assert [site.module_path for site in sites] == ["layers.0", "layers.1"]
+    assert [site.layer for site in sites] == [0, 1]
+    assert {site.stack for site in sites} == {"layers.*"}
+
+
+def test_lengths_are_symbols_in_a_dynamic_graph():
+    (site,) = find_attention(capture(Layer(), torch.randn(1, HEADS, LENGTH, DIM), dynamic=True))
+    assert size_key(site.query_length) == size_key(site.key_length)
+    assert size_key(site.query_length).startswith("s")
+
+
+def test_a_copied_graph_keeps_what_dynamo_attached():
+    originals = []
+
+    def backend(module, example_inputs):
+        copy = copy_graph(module)
+        originals.append((module, copy))
+        return copy.forward
+
+    layer = Layer()
+    x = torch.randn(1, HEADS, LENGTH, DIM)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend=backend)(x)
+        torch.testing.assert_close(compiled, layer(x))
+    module, copy = originals[0]
+    assert copy.graph is not module.graph
+    assert copy._param_name_to_source is module._param_name_to_source
+    for original, copied in zip(placeholders(module.graph), placeholders(copy.graph), strict=True):
+        assert copied._dynamo_source == original._dynamo_source
+        assert copied.meta["example_value"] is original.meta["example_value"]
+
+
+def test_erasing_stays_inside_the_backward_slice():
+    module = copy_graph(capture(lambda x: (x + 1, (x * 2).cos()), torch.randn(3)))
+    with module.graph.inserting_before(next(iter(module.graph.find_nodes(op="output")))):
+        x = placeholders(module.graph)[0]
+        unused = module.graph.call_function(torch.neg, (x,))
+        root = module.graph.call_function(torch.sin, (module.graph.call_function(torch.exp, (x,)),))
+    assert erase_if_unused(module.graph, [root]) == 2
+    assert unused in module.graph.nodes
+    assert op_count(module, torch.neg) == 1
