@@ -1,0 +1,113 @@
+"""Block-sparse attention on the CPU, in torch operations: only the listed tiles are multiplied.
+
+One step takes a query tile of every head that shares a plan row and a key copy, so that grouped-query heads
+meet a gathered key tile in one matrix product. Products and softmax run in float32 whatever the dtype.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.tags import INVALID, INVALID_SPAN
+from mmcompile.kernels.tile_walk import TileWalk
+
+# Key tiles of one step of the running softmax: its scores stay in the cache at any length.
+CHUNK_TILES = 8
+
+
+def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> Tensor:
+    """The op of that name for CPU tensors; shapes as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
+    batch, heads, query_length, width = query.shape
+    output = query.new_empty(batch, query_length, heads, width)  # [B, Sq, H, D]
+    walk = walk._replace(key_tags=_padded_tags(walk.key_tags))
+    for b in range(batch):
+        for copy, plans in walk.heads_by_copy_and_plan().items():
+            key_tiles, value_tiles = _tiled(key[b, copy]), _tiled(value[b, copy])
+            for plan, group in plans.items():
+                _Group(walk, b, plan, group, key_tiles, value_tiles).attend(query[b], output[b], scale)
+    return output.transpose(1, 2)
+
+
+def _tiled(rows: Tensor) -> Tensor:
+    """[S, D] as float32 [nK, TILE, D], zeros past the end; no copy where none is needed."""
+    rows = rows.float()
+    missing = -rows.shape[0] % TILE
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+    return rows.contiguous().view(-1, TILE, rows.shape[1])
+
+
+def _padded_tags(key_tags: Tensor) -> Tensor:
+    """[B, P, 3, Sk] with the last tile completed by keys that no query may see."""
+    missing = -key_tags.shape[3] % TILE
+    absent = key_tags.new_tensor([INVALID, 0, INVALID_SPAN]).view(3, 1)
+    return torch.cat([key_tags, absent.expand(*key_tags.shape[:3], missing)], dim=3)
+
+
+class _Group:
+    """The heads that share a plan row and a key copy, in one batch row."""
+
+    def __init__(
+        self, walk: TileWalk, b: int, plan: int, heads: list[int], key_tiles: Tensor, value_tiles: Tensor
+    ) -> None:
+        self.walk = walk
+        self.query_tags = walk.query_tags[b, plan]  # [3, Sq]
+        self.key_tags = walk.key_tags[b, plan].view(3, -1, TILE)  # [3, nK, TILE]
+        self.counts = walk.counts[b, plan].tolist()
+        self.tiles = walk.tiles[b, plan].tolist()
+        self.heads = heads
+        self.key_tiles, self.value_tiles = key_tiles, value_tiles  # [nK, TILE, D]
+        # One buffer for the scores of every step: fresh pages would cost as much as the exponentials.
+        self.scratch = key_tiles.new_empty(len(heads) * TILE * CHUNK_TILES * TILE)
+
+    def attend(self, query: Tensor, output: Tensor, scale: float) -> None:
+        """Fill output[:, heads], [Sq, H, D], from query[heads], [H, Sq, D]."""
+        length = query.shape[1]
+        for index, start in enumerate(range(0, length, TILE)):
+            rows = slice(start, min(start + TILE, length))
+            # Base 2, because exp of -inf takes a slow path on the CPU and exp2 does not.
+            q = query[self.heads, rows].float() * (scale / math.log(2.0))  # [G, rows, D]
+            result = self._attend_rows(q.flatten(0, 1), rows, index).view_as(q)
+            output[rows, self.heads] = result.transpose(0, 1).to(output.dtype)
+
+    def _attend_rows(self, q: Tensor, rows: slice, query_tile: int) -> Tensor:
+        """Scaled queries [G * rows, D] of one query tile against its listed tiles; the same shape back."""
+        full, partial = self.counts[query_tile]
+        listed = self.tiles[query_tile]
+        listed = listed[:full] + listed[len(listed) - partial :]
+        maximum = q.new_full((q.shape[0], 1), float("-inf"))
+        total, accumulator = torch.zeros_like(maximum), torch.zeros_like(q)
+        for first in range(0, len(listed), CHUNK_TILES):
+            chunk = listed[first : first + CHUNK_TILES]
+            scores = self._scores(q, rows, chunk, masked=chunk[max(full - first, 0) :])
+            new_maximum = torch.maximum(maximum, scores.amax(1, keepdim=True))
+            # Rows that have seen no key yet keep a maximum of -inf; subtracting it would give NaN.
+            shift = new_maximum.masked_fill(new_maximum == float("-inf"), 0.0)
+            weights = scores.sub_(shift).exp2_()
+            decay = (maximum - shift).exp2_()
+            total.mul_(decay).add_(weights.sum(1, keepdim=True))
+            accumulator.mul_(decay).addmm_(weights, _gather(self.value_tiles, chunk))
+            maximum = new_maximum
+        return accumulator.div_(total.masked_fill_(total == 0.0, 1.0))
+
+    def _scores(self, q: Tensor, rows: slice, chunk: list[int], masked: list[int]) -> Tensor:
+        """q against the tiles of a chunk, [G * rows, n * TILE]; `masked` ends it, under the element mask."""
+        keys = _gather(self.key_tiles, chunk)
+        scores = self.scratch[: q.shape[0] * keys.shape[0]].view(q.shape[0], keys.shape[0])
+        torch.mm(q, keys.t(), out=scores)
+        if masked:
+            key_tags = self.key_tags[:, masked].flatten(1)
+            allowed = self.walk.allowed(self.query_tags[:, rows], key_tags)  # [rows, n * TILE]
+            by_head = scores.view(len(self.heads), *allowed.shape[:1], -1)
+            by_head[..., -allowed.shape[1] :].masked_fill_(~allowed, float("-inf"))
+        return scores
+
+
+def _gather(tiles: Tensor, listed: list[int]) -> Tensor:
+    """The listed tiles under each other, [n * TILE, D]; a run of neighbours is a view."""
+    first, last = listed[0], listed[-1]
+    if listed == list(range(first, last + 1)):
+        return tiles[first : last + 1].flatten(0, 1)
+    return tiles.index_select(0, torch.tensor(listed)).flatten(0, 1)
