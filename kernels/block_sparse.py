@@ -1,0 +1,281 @@
+"""Block-sparse attention over the tile lists of a plan: the portable Triton kernel and its launch.
+
+One program computes one block of query rows of one head. It walks the row's full tiles with no mask
+arithmetic, then its partial tiles with the element mask read from the tags; one running softmax (base 2,
+float32) spans both.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim, takes_descriptors
+from mmcompile.kernels.head_indices import head_indices
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.tile_walk import TileWalk
+
+MAX_WINDOW = 2**30  # a position less this still fits 32 bits
+# Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
+UNSPECIALIZED = ["batches", "heads", "plans", "query_length", "key_length", "scale_log2", "window"]
+
+
+@triton.jit
+def _load_tile(
+    source,
+    batch,
+    copy,
+    start,
+    row_stride,
+    length,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    INSIDE: tl.constexpr,
+):
+    """Rows from `start` of one head of K or V, [BLOCK_N, BLOCK_D]; zeros past the length and past D."""
+    if DESCRIPTOR:
+        tile = source.load([batch, copy, start, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        row = tl.arange(0, BLOCK_N)
+        column = tl.arange(0, BLOCK_D)
+        # The tensor of offsets stays the same from step to step; only a scalar moves.
+        offsets = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+        pointers = (source + start.to(tl.int64) * row_stride) + offsets
+        if not INSIDE:
+            tile = tl.load(pointers, mask=(row[:, None] < length - start) & (column[None, :] < D), other=0.0)
+        elif D == BLOCK_D:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=column[None, :] < D, other=0.0)
+    return tile
+
+
+@triton.jit
+def _allowed(
+    query_tags,
+    key_tags,
+    q_position,
+    row,
+    slot,
+    query_length,
+    key_length,
+    window,
+    WINDOW: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """The element mask of one step, [BLOCK_M, BLOCK_N]. Rows and slots past the end are never allowed."""
+    inside = slot < key_length
+    k_position = tl.load(key_tags + slot, mask=inside, other=2147483647)
+    allowed = k_position[None, :] <= q_position[:, None]
+    if SPANS:
+        q_span = tl.load(query_tags + 2 * query_length + row, mask=row < query_length, other=-1)
+        k_span = tl.load(key_tags + 2 * key_length + slot, mask=inside, other=-2)
+        allowed |= (k_span[None, :] == q_span[:, None]) & (q_span >= 0)[:, None]
+    if WINDOW:
+        allowed &= k_position[None, :] > (q_position - window)[:, None]
+    if SEGMENTS:
+        q_segment = tl.load(query_tags + query_length + row, mask=row < query_length, other=0)
+        k_segment = tl.load(key_tags + key_length + slot, mask=inside, other=0)
+        allowed &= k_segment[None, :] == q_segment[:, None]
+    return allowed
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _attention_kernel(
+    query,
+    key,
+    value,
+    output,
+    query_tags,
+    key_tags,
+    counts,
+    tiles,
+    head_plan,
+    key_head,
+    query_batch_stride,
+    query_head_stride,
+    query_row_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_row_stride,
+    value_batch_stride,
+    value_head_stride,
+    value_row_stride,
+    batches,
+    heads,
+    plans,
+    query_length,
+    key_length,
+    scale_log2,
+    window,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    # Neighbouring programs are the heads of one query block, so that those with one key copy meet in the L2
+    # cache. The last query blocks come first: under a causal mask they have the most tiles.
+    program = tl.program_id(0)
+    block = tl.cdiv(query_length, BLOCK_M) - 1 - program // (batches * heads)
+    batch = (program // heads) % batches
+    head = program % heads
+    copy = tl.load(key_head + head)
+    plan = batch.to(tl.int64) * plans + tl.load(head_plan + head)
+    query += batch.to(tl.int64) * query_batch_stride + head.to(tl.int64) * query_head_stride
+    output += (batch.to(tl.int64) * query_length * heads + head) * D
+    if not DESCRIPTORS:
+        key += batch.to(tl.int64) * key_batch_stride + copy.to(tl.int64) * key_head_stride
+        value += batch.to(tl.int64) * value_batch_stride + copy.to(tl.int64) * value_head_stride
+    query_tags += plan * 3 * query_length
+    key_tags += plan * 3 * key_length
+    plan_row = plan * tl.cdiv(query_length, TILE) + block * BLOCK_M // TILE
+    full = tl.load(counts + plan_row * 2)
+    partial = tl.load(counts + plan_row * 2 + 1)
+    key_tiles = tl.cdiv(key_length, TILE)
+    tiles += plan_row * key_tiles
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < query_length)[:, None] & (column < D)[None, :]
+    q = tl.load(
+        query + row.to(tl.int64)[:, None] * query_row_stride + column[None, :], mask=inside, other=0.0
+    )
+    # A row past the end sees nothing: no key lies at or before position -1.
+    q_position = tl.load(query_tags + row, mask=row < query_length, other=-1)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    SPLIT: tl.constexpr = TILE // BLOCK_N
+    for step in range(full * SPLIT):
+        start = tl.load(tiles + step // SPLIT) * TILE + step % SPLIT * BLOCK_N
+        k = _load_tile(
+            key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
+        weights = tl.math.exp2(tl.math.fma(scores, scale_log2, -new_maximum[:, None]))
+        decay = tl.math.exp2(maximum - new_maximum)
+        total = total * decay + tl.sum(weights, 1)
+        v = _load_tile(
+            value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True
+        )
+        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
+        maximum = new_maximum
+
+    for step in range(partial * SPLIT):
+        start = tl.load(tiles + (key_tiles - 1 - step // SPLIT)) * TILE + step % SPLIT * BLOCK_N
+        k = _load_tile(
+            key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False
+        )
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        slot = start + tl.arange(0, BLOCK_N)
+        allowed = _allowed(
+            query_tags,
+            key_tags,
+            q_position,
+            row,
+            slot,
+            query_length,
+            key_length,
+            window,
+            WINDOW,
+            SEGMENTS,
+            SPANS,
+        )
+        scores = tl.where(allowed, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # Rows that have seen no key yet keep a maximum of -inf; subtracting it would give NaN.
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.math.exp2(scores - shift[:, None])
+        decay = tl.math.exp2(maximum - shift)
+        total = total * decay + tl.sum(weights, 1)
+        v = _load_tile(
+            value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False
+        )
+        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
+        maximum = new_maximum
+
+    result = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = output + row.to(tl.int64)[:, None] * (heads * D) + column[None, :]
+    tl.store(target, result.to(output.dtype.element_ty), mask=inside)
+
+
+def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> Tensor:
+    """The op of that name for CUDA tensors; shapes as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    descriptors = takes_descriptors(key) and takes_descriptors(value)
+    return launch(query, key, value, walk, scale, attention_config(query), descriptors)
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    walk: TileWalk,
+    scale: float,
+    config: Config,
+    descriptors: bool,
+) -> Tensor:
+    """`block_sparse_attention` with the caller's launch shape, for measurements and the interpreter."""
+    batch, heads, query_length, width = query.shape
+    key_length = key.shape[2]
+    output = query.new_empty(batch, query_length, heads, width)  # [B, Sq, H, D]
+    if output.numel() == 0 or key_length == 0:
+        return output.zero_().transpose(1, 2)
+    padded = padded_head_dim(width)
+    block = [1, 1, config.block_n, padded]
+    # Everything on the first grid axis: the others end at 65,535.
+    grid = (batch * heads * triton.cdiv(query_length, config.block_m),)
+    with torch.cuda.device_of(query):
+        _attention_kernel[grid](
+            query,
+            _descriptor(key, block) if descriptors else key,
+            _descriptor(value, block) if descriptors else value,
+            output,
+            *(tensor.contiguous() for tensor in walk[:4]),
+            head_indices(walk.head_plan, query.device),
+            head_indices(walk.key_head, query.device),
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            batch,
+            heads,
+            walk.tiles.shape[1],
+            query_length,
+            key_length,
+            scale / math.log(2.0),
+            min(walk.window or 0, MAX_WINDOW),
+            D=width,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_D=padded,
+            TILE=TILE,
+            DESCRIPTORS=descriptors,
+            WINDOW=walk.window is not None,
+            SEGMENTS=walk.segments,
+            SPANS=walk.spans,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return output.transpose(1, 2)
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """[B, C, S, D] for the bulk copy engine, which minds the stride even of a dimension of size 1."""
+    row = triton.cdiv(tensor.shape[3], 16) * 16
+    strides = [
+        row if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], block)
