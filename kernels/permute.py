@@ -1,0 +1,135 @@
+"""Row gather and scatter on the GPU: each program copies a block of rows of one head."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmcompile.kernels.head_indices import head_indices
+
+# Bytes of one program: 16-byte accesses of 128 threads, eight of them in flight in each thread.
+PROGRAM_BYTES = 16 * 1024
+UNSPECIALIZED = ["copies", "plans", "length"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _permute_kernel(
+    x,
+    order,
+    source_head,
+    plan_row,
+    output,
+    batch_stride,
+    head_stride,
+    row_stride,
+    copies,
+    plans,
+    length,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    # Neighbouring programs are the heads of one block of rows: in [B, S, H, D] memory they share pages.
+    program = tl.program_id(0)
+    copy = program % copies
+    blocks = tl.cdiv(length, ROWS)
+    block = program // copies % blocks
+    batch = (program // copies // blocks).to(tl.int64)
+    slot = block * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    inside = (slot < length)[:, None] & (column < D)[None, :]
+    plan = batch * plans + tl.load(plan_row + copy)
+    position = tl.load(order + plan * length + slot, mask=slot < length, other=0).to(tl.int64)
+    x += batch * batch_stride + tl.load(source_head + copy).to(tl.int64) * head_stride
+    rows = tl.load(x + position[:, None] * row_stride + column[None, :], mask=inside)
+    output += (batch * copies + copy) * length * D
+    tl.store(output + slot.to(tl.int64)[:, None] * D + column[None, :], rows, mask=inside)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _unpermute_kernel(
+    x,
+    order,
+    plan_row,
+    output,
+    batch_stride,
+    head_stride,
+    row_stride,
+    copies,
+    plans,
+    length,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    head = program % copies
+    blocks = tl.cdiv(length, ROWS)
+    block = program // copies % blocks
+    batch = (program // copies // blocks).to(tl.int64)
+    slot = block * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    inside = (slot < length)[:, None] & (column < D)[None, :]
+    plan = batch * plans + tl.load(plan_row + head)
+    position = tl.load(order + plan * length + slot, mask=slot < length, other=0).to(tl.int64)
+    x += batch * batch_stride + head.to(tl.int64) * head_stride
+    rows = tl.load(x + slot.to(tl.int64)[:, None] * row_stride + column[None, :], mask=inside)
+    output += (batch * length * copies + head) * D
+    tl.store(output + position[:, None] * (copies * D) + column[None, :], rows, mask=inside)
+
+
+def permute(x: Tensor, order: Tensor, source_head: Sequence[int], row: Sequence[int]) -> Tensor:
+    """The op of that name for CUDA tensors; arguments as there."""
+    batch, _, length, width = x.shape
+    output = x.new_empty(batch, len(row), length, width)  # [B, J, S, D]
+    if output.numel():
+        x = x if x.stride(3) == 1 else x.contiguous()
+        grid, shape = _launch_shape(output)
+        with torch.cuda.device_of(x):
+            _permute_kernel[grid](
+                x,
+                order.contiguous(),
+                head_indices(tuple(source_head), x.device),
+                head_indices(tuple(row), x.device),
+                output,
+                *x.stride()[:3],
+                len(row),
+                order.shape[1],
+                length,
+                **shape,
+            )
+    return output
+
+
+def unpermute(x: Tensor, order: Tensor, row: Sequence[int]) -> Tensor:
+    """The op of that name for CUDA tensors; arguments as there."""
+    batch, heads, length, width = x.shape
+    output = x.new_empty(batch, length, heads, width)  # [B, S, H, D]
+    if output.numel():
+        x = x if x.stride(3) == 1 else x.contiguous()
+        grid, shape = _launch_shape(x)
+        with torch.cuda.device_of(x):
+            _unpermute_kernel[grid](
+                x,
+                order.contiguous(),
+                head_indices(tuple(row), x.device),
+                output,
+                *x.stride()[:3],
+                heads,
+                order.shape[1],
+                length,
+                **shape,
+            )
+    return output.transpose(1, 2)
+
+
+def _launch_shape(heads: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and block sizes for copying every row of [B, H, S, D]."""
+    batch, copies, length, width = heads.shape
+    padded = triton.next_power_of_2(width)
+    rows = max(1, PROGRAM_BYTES // (padded * heads.element_size()))
+    # Everything on the first grid axis: the others end at 65,535.
+    grid = (batch * copies * triton.cdiv(length, rows),)
+    return grid, {"D": width, "BLOCK_D": padded, "ROWS": rows}
