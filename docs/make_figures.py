@@ -1,7 +1,7 @@
 """Put the tables of docs/figures into README.md: `python docs/make_figures.py README.md` (or `make figures`).
 
 Between `<!-- figure: NAME -->` and `<!-- end figure -->` stands a table made from docs/figures/NAME.json, so
-that no number in the README is typed by hand. `--check` changes nothing and fails where a table is out of date.
+that no number in the README is typed by hand. `--check` changes nothing and fails where one is out of date.
 
 The JSON holds `title`, `command`, `commit`, `versions` (name to version), `device`, `rows` (a list of column
 to value) and `notes`. A column `X spread` is folded into column `X` as a value with its spread.
@@ -64,7 +64,11 @@ def replace(text: str, figures: Path) -> str:
         raise FigureError("a `<!-- figure: NAME -->` has no `<!-- end figure -->` before the next one")
 
     def table(block: re.Match[str]) -> str:
-        return block[1] + markdown(load(figures / f"{block['name']}.json")) + block[4]
+        source = figures / f"{block['name']}.json"
+        if not block["body"].strip() and not source.exists():
+            print(f"{source}: not measured yet, its place stays empty")
+            return block[0]
+        return block[1] + markdown(load(source)) + block[4]
 
     return BLOCK.sub(table, text)
 

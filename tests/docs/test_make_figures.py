@@ -61,10 +61,19 @@ def test_check_fails_where_out_of_date_and_changes_nothing(page):
     assert page.read_text() == before
 
 
+def test_a_figure_not_measured_yet_leaves_its_place_empty(page):
+    (page.parent / "times.json").unlink()
+    page.write_text(MARKED.format(""))
+    answer = run(page.parent, "--check", str(page))
+    assert answer.returncode == 0
+    assert "not measured yet" in answer.stdout
+    assert page.read_text() == MARKED.format("")
+
+
 @pytest.mark.parametrize(
     ("figure", "text", "says"),
     [
-        (None, MARKED.format(""), "no such figure"),
+        (None, MARKED.format("a table"), "no such figure"),
         ("{", MARKED.format(""), "not JSON"),
         ("{}", MARKED.format(""), "lacks title, command"),
         (json.dumps(FIGURE | {"rows": []}), MARKED.format(""), "no rows"),
