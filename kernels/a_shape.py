@@ -57,7 +57,10 @@ class KeyGroups:
 
         segment: int32 [B, Sq], position: int32 [B, Sq] or a number. Returns int64 [B, Sq].
         """
-        reached = torch.as_tensor(position, device=segment.device).long().clamp(-1, self.length - 1)
+        if isinstance(position, Tensor):
+            reached: Tensor | int = position.long().clamp(-1, self.length - 1)
+        else:  # never a tensor of its own: its copy to the device would wait
+            reached = max(-1, min(position, self.length - 1))
         return torch.searchsorted(self.sorted, self._start(segment, modality) + reached, right=True)
 
     def position(self, rank: Tensor) -> Tensor:

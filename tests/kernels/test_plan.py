@@ -252,6 +252,32 @@ def test_a_query_that_only_its_span_lets_see_keeps_its_nearest_key(
     assert np.array_equal(computed.any(1), case.allowed(0).any(1))
 
 
+@pytest.mark.parametrize("local", [1, 2, TILE + 1, TILE + 2])
+def test_spans_reach_forward_as_far_as_the_local_band_reaches_back(local: int) -> None:
+    length = 6 * TILE
+    span = np.zeros((1, length), int)
+    pattern = HeadPattern("a_shape", sink=1, local=local)
+    tiles = listed(one_sequence(length, pattern, spans=(span, span)).plan())[0, 0]
+    query, key = np.arange(6)[:, None], np.arange(6)[None]
+    reach = (local - 1 + TILE - 1) // TILE
+    assert np.array_equal(tiles, (np.abs(query - key) <= reach) | (key == 0))
+
+
+def test_one_span_makes_full_tiles_but_not_where_keys_are_missing() -> None:
+    span = np.zeros((1, 2 * TILE + 5), int)
+    made = one_sequence(2 * TILE + 5, HeadPattern(), spans=(span, span)).plan()
+    assert made.counts[0, 0].tolist() == [[2, 1]] * 3
+    assert made.tiles[0, 0].tolist() == [[0, 1, 2]] * 3
+
+
+def test_a_negative_span_is_no_span() -> None:
+    span = np.array([[-9, -2, -1, 0, 4]])
+    valid = np.array([[True, True, True, True, False]])
+    made = one_sequence(5, HeadPattern(), spans=(span, span), key_valid=valid).plan()
+    assert made.query_tags[0, 0, 2].tolist() == [-1, -1, -1, 0, 4]
+    assert made.key_tags[0, 0, 2].tolist() == [-1, -1, -1, 0, -2]
+
+
 def test_one_long_segment_groups_by_modality_under_a_cached_prefix() -> None:
     # Two cached keys, then text, image, text: the 2D order puts both texts and the prefix before the image.
     segments = {"offsets": np.array([0, 1, 4, 6]), "modality": np.array([0, 1, 0])}
