@@ -39,7 +39,7 @@ _MOVES = (
 )
 _LOOKUPS = ("gather", "scatter", "masked_scatter", "isin", "eye")
 _NUMERIC = ("div", "truediv", "pow", "clamp")
-_RUNNABLE = frozenset((*RULES, *_SCANS, *_MOVES, *_LOOKUPS, *_NUMERIC))
+_RUNNABLE = frozenset((*_SCANS, *_MOVES, *_LOOKUPS, *_NUMERIC))
 _NESTING = ("lazy_load_decompositions", "_vmap_increment_nesting", "_vmap_decrement_nesting")
 
 
@@ -84,18 +84,21 @@ class SmallProgram:
         graph = mask.graph
         self.mask = mask
         self._mutated = mutated_nodes(graph)
-        needed, pending = set(), [mask, *others]
+        needed = self._behind([mask, *others])
+        if any(operation(node).endswith("._remove_batch_dim") for node in needed):
+            # vmap's entries and exits have no users; all of the graph's, so that they stay balanced
+            needed |= self._behind(node for node in graph.nodes if _is_nesting(node))
+        self.nodes = [node for node in graph.nodes if node in needed]
+
+    def _behind(self, results: Iterable[fx.Node]) -> set[fx.Node]:
+        needed: set[fx.Node] = set()
+        pending = list(results)
         while pending:
             node = pending.pop()
             if node not in needed:
                 needed.add(node)
                 pending.extend([] if self.is_made_up(node) else node.all_input_nodes)
-        nested = any(operation(node).endswith("._remove_batch_dim") for node in needed)
-        self.nodes = [
-            node
-            for node in graph.nodes
-            if node in needed or (nested and operation(node).rpartition(".")[2] in _NESTING)
-        ]
+        return needed
 
     def lowest_sizes(self) -> dict[sympy.Symbol, int]:
         """Every size symbol that a run needs a number for, with the smallest that its range allows."""
@@ -126,7 +129,7 @@ class SmallProgram:
         return (
             node.op not in ("call_function", "call_method")
             or node in self._mutated
-            or not (name in _RUNNABLE or name.rpartition(".")[2] in _NESTING)
+            or not (name in RULES or name in _RUNNABLE or _is_nesting(node))
         )
 
     def run(
@@ -162,6 +165,10 @@ class SmallProgram:
         if shape is not None and tuple(value.shape) != shape:
             raise CannotRun(f"{node.name} has the shape {list(value.shape)} instead of {list(shape)}")
         return value
+
+
+def _is_nesting(node: fx.Node) -> bool:
+    return operation(node).rpartition(".")[2] in _NESTING
 
 
 def _call(node: fx.Node, values: dict[fx.Node, Any], sizes: SmallSizes) -> Any:
