@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -181,10 +180,11 @@ def bound_boundaries() -> ModalityBoundaries | BoundaryTensors | None:
     return _bound.get()
 
 
-@lru_cache
 def unknown_boundaries(device: torch.device) -> BoundaryTensors:
     """One segment that holds everything and says nothing: positions past the batch's end are cut off."""
-    offsets = torch.tensor([0, 2**31 - 1, 2**31 - 1], dtype=torch.int32, device=device)
+    # Filled on the device: a copy from the host would wait for what the device is doing.
+    offsets = torch.full((3,), 2**31 - 1, dtype=torch.int32, device=device)
+    offsets[:1].zero_()
     modality = torch.zeros(2, dtype=torch.int32, device=device)
     return BoundaryTensors(offsets, modality, torch.zeros((2, 3), dtype=torch.int32, device=device))
 
@@ -261,20 +261,12 @@ def is_multimodal_positions(positions: torch.Tensor) -> bool:
 def boundaries_from_positions(positions: torch.Tensor) -> BoundaryTensors:
     """Boundaries from multimodal rotary positions (frame, row, column) [3, B, S], on their device.
 
-    Text moves all three on by one from the largest so far; a vision token does not, except for the first of
-    its segment, which the token after it gives away. Padding repeats one position and counts as text.
-    A vision segment whose frame number changes is a video, else an image.
+    Text has all three equal and moves them on by one together. A vision segment walks its grid in raster order,
+    which never does that; only its first token looks like text, and the token after it gives it away. Padding
+    repeats one position and counts as text. A vision segment whose frame number changes is a video, else an image.
     """
     frame, row, column = positions[-3:].to(torch.int64)  # [B, S] each
-    equal = (frame == row) & (row == column)
-    padding = _before_restart(equal & (frame == 0))
-    largest = torch.maximum(torch.maximum(frame, row), column).masked_fill(padding, -1)
-    before = torch.cat([torch.full_like(largest[:, :1], -1), largest.cummax(dim=1).values[:, :-1]], dim=1)
-    repeats = torch.zeros_like(equal)  # no two vision tokens of a segment have one position
-    same = equal[:, 1:] & equal[:, :-1] & (frame[:, 1:] == frame[:, :-1])
-    repeats[:, 1:] |= same
-    repeats[:, :-1] |= same
-    text = padding | (equal & ((frame > before) | repeats))
+    text = _is_text(frame, row, column)
     first_vision = torch.zeros_like(text)
     first_vision[:, :-1] = text[:, :-1] & ~text[:, 1:]
     vision = ~text | first_vision
@@ -286,12 +278,22 @@ def boundaries_from_positions(positions: torch.Tensor) -> BoundaryTensors:
     return BoundaryTensors(offsets, modality, grid)
 
 
-def _before_restart(zero: torch.Tensor) -> torch.Tensor:
-    """Left padding, bool [B, S]: what stands before the last zero position that another position follows."""
-    restart = torch.zeros_like(zero)
-    restart[:, :-1] = zero[:, :-1] & ~zero[:, 1:]
-    restarts = restart.int()
-    return restarts.sum(dim=1, keepdim=True) > restarts.cumsum(dim=1)
+def _is_text(frame: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Tokens that look like text or padding by their positions, bool [B, S]: a vision segment's first among them."""
+    equal = (frame == row) & (row == column)
+    both = equal[:, 1:] & equal[:, :-1]
+    step = column[:, 1:] - column[:, :-1]
+    beside = both & ((step == 1) | (step == 0))  # neighbours in one run of text, or of padding
+    text = torch.zeros_like(equal)
+    text[:, 1:] |= beside
+    text[:, :-1] |= beside
+    # One token of text may end the sequence, and one token of padding start it.
+    text[:, -1] |= equal[:, -1]
+    text[:, :1] |= equal[:, :1] & equal[:, 1:2].any(dim=1, keepdim=True)
+    # The last token of a grid as long as it is high and wide has all three equal, and text may go on from it.
+    walks = (frame[:, 1:] == frame[:, :-1]) & (row[:, 1:] == row[:, :-1]) & (step == 1)
+    text[:, 1:] &= ~walks
+    return text
 
 
 def _grids_of_segments(

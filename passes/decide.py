@@ -11,7 +11,7 @@ import torch
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.confirm_mask import confirm_mask
 from mmcompile.passes.find_attention import AttentionSite
-from mmcompile.passes.graph import Size, fake_value, same_size, size_key
+from mmcompile.passes.graph import Size, expression, fake_value, same_size, size_key
 from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
 from mmcompile.passes.read_mask import read_mask
 
@@ -117,6 +117,8 @@ def _decide_site(
 def _require_supported(site: AttentionSite) -> None:
     operands = [fake_value(node) for node in (site.query, site.key, site.value)]
     query, key, value = operands
+    if site.mask is None and not site.is_causal:
+        raise _Refusal(Reason.NON_CAUSAL, "no mask and is_causal=False")
     if site.dropout_p > 0:
         raise _Refusal(Reason.DROPOUT, f"dropout_p={site.dropout_p}; call model.eval()")
     if any(operand.requires_grad for operand in operands):
@@ -127,6 +129,8 @@ def _require_supported(site: AttentionSite) -> None:
         raise _Refusal(Reason.UNSUPPORTED, f"devices {query.device}, {key.device}, {value.device}")
     if not (_is(query.shape[3], int(key.shape[3])) and _is(key.shape[3], int(value.shape[3]))):
         raise _Refusal(Reason.UNSUPPORTED, "query, key and value differ in head dim")
+    if site.scale is not None and not site.scale > 0:
+        raise _Refusal(Reason.UNSUPPORTED, f"scale={site.scale}, must be above 0")
     if query.shape[3] > _MAX_HEAD_DIM:
         raise _Refusal(Reason.UNSUPPORTED, f"head dim {query.shape[3]}, at most {_MAX_HEAD_DIM}")
     if not (same_size(query.shape[0], key.shape[0]) and same_size(key.shape[0], value.shape[0])):
@@ -139,10 +143,8 @@ def _require_supported(site: AttentionSite) -> None:
 
 def _site_mask(site: AttentionSite, masks: dict[Any, MaskSpec | OpaqueMask]) -> MaskSpec | OpaqueMask:
     if site.mask is None:
-        if not site.is_causal:
-            raise _Refusal(Reason.NON_CAUSAL, "no mask and is_causal=False")
-        # torch aligns is_causal with the first key, whatever the lengths.
-        return MaskSpec(offset=0)
+        # torch aligns is_causal with the first key, whatever the lengths: the offset is 0.
+        return MaskSpec(expression(site.query_length), expression(site.key_length), causal=True)
     key = (site.mask, size_key(site.query_length), size_key(site.key_length))
     if key not in masks:
         masks[key] = _read_and_confirm(site)

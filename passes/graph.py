@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -66,17 +67,18 @@ def op_count(module: fx.GraphModule, *targets: Any) -> int:
 def same_size(left: Size, right: Size) -> bool:
     """Whether two sizes are equal for every input this graph serves. Never adds a guard."""
     if isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt):
-        return _expression(left) == _expression(right)
+        return bool(expression(left) == expression(right))
     return left == right
 
 
 def size_key(size: Size) -> str:
     """A text that is the same for two sizes exactly when `same_size` says so."""
-    return str(_expression(size))
+    return str(expression(size))
 
 
-def _expression(size: Size) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+def expression(size: Size) -> sympy.Expr:
+    """A size in sympy's terms."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def size_argument(graph: fx.Graph, tensor: fx.Node, dim: int) -> int | fx.Node:

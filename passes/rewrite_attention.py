@@ -1,8 +1,8 @@
 """Rewrite each sparse site into plan -> permute -> block-sparse attention -> unpermute."""
 
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ def rewrite_attention(
     """Rewrite the sparse decisions in place; sites with the same mask, lengths and patterns share one plan."""
     result = RewriteResult()
     plans: dict[Any, PlanNodes] = {}
+    replaced: dict[fx.Node, fx.Node] = {}
     for decision in decisions:
+        decision = _after(decision, replaced)
         site = decision.site
         assert decision.mask is not None
         patterns, head_plan = distinct(decision.patterns)
@@ -63,11 +65,19 @@ def rewrite_attention(
         with module.graph.inserting_before(site.node):
             if key not in plans:
                 plans[key] = _emit_plan(module.graph, decision, patterns, boundaries, density, min_tokens)
-            _emit_attention(module.graph, decision, patterns, list(head_plan), plans[key], min_tokens)
+            output = _emit_attention(module.graph, decision, patterns, list(head_plan), plans[key], min_tokens)
+            replaced[site.node] = _replace(module.graph, site.node, output)
         result.densities.append((decision, plans[key].density))
     result.plans = len(plans)
     erase_if_unused(module.graph, dict.fromkeys(decision.site.mask for decision in decisions))
     return result
+
+
+def _after(decision: Decision, replaced: Mapping[fx.Node, fx.Node]) -> Decision:
+    """The decision with the operands that stand now: one site's output may be another's query."""
+    site = decision.site
+    operands = {name: getattr(site, name) for name in ("query", "key", "value")}
+    return replace(decision, site=replace(site, **{k: replaced.get(v, v) for k, v in operands.items()}))
 
 
 def _emit_plan(
@@ -118,7 +128,7 @@ def _emit_attention(
     head_plan: list[int],
     plan: PlanNodes,
     min_tokens: int,
-) -> None:
+) -> fx.Node:
     site, spec = decision.site, decision.mask
     assert spec is not None
     query, key, value = site.query, site.key, site.value
@@ -145,14 +155,14 @@ def _emit_attention(
             list(copies.of_head),
             site.head_dim**-0.5 if site.scale is None else site.scale,
             spec.window,
-            spec.segment is not None,
-            spec.span is not None,
+            spec.query_segment is not None,
+            spec.query_span is not None,
             min_tokens,
         ),
     )
     if permutes_queries:
         output = call(graph, _OPS.unpermute.default, (output, plan.query_order, head_plan))
-    _replace(graph, site.node, output)
+    return output
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ def _key_copies(decision: Decision, head_plan: Sequence[int]) -> _KeyCopies:
     return _KeyCopies(tuple(head for head, _ in copies), tuple(rows), tuple(of_head))
 
 
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
     """Put `new` in the place of `old`, in the memory layout its users were traced with where they rely on it."""
     if any(user.target in ("view", torch.ops.aten.view.default) for user in old.users):
         new = call(graph, torch.ops.aten.contiguous.default, (new,))
@@ -189,5 +199,6 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
     graph.erase_node(old)
     # The repeated keys and values, too large to keep for nothing; masks are shared and go last.
-    erase_if_unused(graph, [node for node in operands if node.users == {} and node is not new])
+    erase_if_unused(graph, operands)
+    return new
 

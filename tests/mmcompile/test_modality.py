@@ -114,8 +114,11 @@ def test_nothing_that_tells_modalities_is_an_error():
         ModalityBoundaries.from_inputs(SimpleNamespace(), input_ids=torch.zeros(1, 4, dtype=torch.long))
 
 
-def positions_of(segments):
-    """Multimodal rotary positions as Qwen's models make them, from (kind, size) with size tokens or a grid."""
+def positions_of(segments, by_area=False):
+    """Multimodal rotary positions as Qwen's models make them, from (kind, size) with size tokens or a grid.
+
+    by_area: text goes on after the larger side of a grid, as newer versions have it, else after every axis.
+    """
     start, columns = 0, []
     for kind, size in segments:
         if kind == TEXT:
@@ -128,7 +131,7 @@ def positions_of(segments):
             )
             block = torch.stack([axis.reshape(-1) for axis in grid]) + start
         columns.append(block)
-        start = int(block.max()) + 1
+        start = start + max(size[1:]) if by_area and kind != TEXT else int(block.max()) + 1
     return torch.cat(columns, dim=1)
 
 
@@ -137,15 +140,15 @@ vision = st.one_of(
     st.tuples(st.just(VIDEO), st.tuples(st.integers(2, 5), st.integers(1, 5), st.integers(2, 5))),
 )
 prompt = st.lists(st.tuples(st.tuples(st.just(TEXT), st.integers(1, 6)), vision), min_size=1, max_size=4).map(
-    lambda pairs: [segment for pair in pairs for segment in pair] + [(TEXT, 3)]
+    lambda pairs: [segment for pair in pairs for segment in pair] + [(TEXT, 1)]
 )
 
 
 @settings(deadline=None, max_examples=200)
-@given(prompt, st.integers(0, 5))
-def test_positions_give_the_segments_they_were_made_from(segments, padding):
-    positions = positions_of(segments)
-    positions = torch.cat([torch.ones(3, padding, dtype=torch.long), positions], dim=1)
+@given(prompt, st.integers(0, 5), st.sampled_from([0, 1]), st.booleans())
+def test_positions_give_the_segments_they_were_made_from(segments, padding, pad_with, by_area):
+    positions = positions_of(segments, by_area)
+    positions = torch.cat([torch.full((3, padding), pad_with), positions], dim=1)
     boundaries = ModalityBoundaries.from_inputs(CONFIG, position_ids=positions[:, None])
     expected = [(kind, size if kind == TEXT else size[0] * size[1] * size[2]) for kind, size in segments]
     expected[0] = (TEXT, expected[0][1] + padding)

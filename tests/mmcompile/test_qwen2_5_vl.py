@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import register_backend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmcompile
 from mmcompile import HeadPattern
 from mmcompile.backend import mminference
 from mmcompile.huggingface import Text, prompts
 from mmcompile.modality import IMAGE, TEXT, VIDEO
+from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.graph import fake_value
 from tests.mmcompile import spy
 from tests.models.tiny import image, tiny_qwen2_5_vl, video
 
@@ -20,7 +24,7 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def eager():
-    return tiny_qwen2_5_vl(layers=LAYERS)
+    return tiny_qwen2_5_vl(layers=LAYERS, window_size=224)  # few windows, so that few attentions trace
 
 
 @pytest.fixture
@@ -35,11 +39,10 @@ def short_video(model, steps=4, text=20):
 def prefill_and_decode(model, inputs, steps=8):
     """Logits of a prefill and of greedy decode steps on its cache, [steps + 1, vocabulary]."""
     out = model(**inputs, use_cache=True)
-    logits, cache, mask = [out.logits[:, -1]], out.past_key_values, inputs["attention_mask"]
+    logits, cache = [out.logits[:, -1]], out.past_key_values
     for _ in range(steps):
         token = logits[-1].argmax(-1, keepdim=True)
-        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        out = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
         logits.append(out.logits[:, -1])
     return torch.cat(logits)
 
@@ -120,7 +123,7 @@ def test_ten_lengths_and_ten_boundary_sets_after_the_first_two_recompile_nothing
     language_graphs = []
 
     def backend(module, example_inputs):
-        if mmcompile.passes.find_attention.find_attention(module):
+        if find_attention(module):
             language_graphs.append(module)
         return mminference(module, example_inputs, options=DENSE)
 
@@ -173,3 +176,26 @@ def test_sparse_is_finite_and_says_its_density(model):
     assert model(**inputs).logits.isfinite().all()
     for site in mmcompile.stats(model):
         assert 0 < site.density < 1
+
+
+@torch.no_grad()
+def test_a_million_tokens_compile_without_a_node_of_queries_times_keys():
+    length = 2**20
+    nodes = []
+
+    def inner(module, example_inputs):
+        nodes.extend(module.graph.nodes)
+        return module.forward
+
+    register_backend(inner, name="keep_nodes")
+    with FakeTensorMode():
+        decoder = tiny_qwen2_5_vl(layers=LAYERS).model.language_model
+        run = torch.compile(decoder, backend="mminference", options={"inner": "keep_nodes", "strict": True})
+        run(
+            inputs_embeds=torch.randn(1, length, 64),
+            attention_mask=torch.ones(1, length, dtype=torch.int64),
+            position_ids=torch.arange(length).expand(3, 1, -1),
+        )
+    sizes = {node.name: fake_value(node).numel() for node in nodes if isinstance(fake_value(node), torch.Tensor)}
+    assert len(sizes) > 100
+    assert max(sizes.values()) < length * length // 1000, max(sizes, key=sizes.__getitem__)
