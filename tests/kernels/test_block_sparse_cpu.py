@@ -1,12 +1,17 @@
-"""The CPU path against the float64 oracle."""
+"""The CPU path against the float64 oracle, and that it does only the work that a plan lists."""
 
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmcompile.kernels import block_sparse_cpu
-from mmcompile.kernels.block_sparse_cpu import block_sparse_attention
-from tests.kernels.tile_walks import WalkCase, assert_as_exact_as_torch, mask_of, walk_cases
+from mmcompile.kernels.block_sparse_cpu import CHUNK_TILES, block_sparse_attention
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.reference import selected_tiles
+from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, walk_cases
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def check(case: WalkCase, dtype: torch.dtype = torch.float32) -> None:
@@ -15,15 +20,86 @@ def check(case: WalkCase, dtype: torch.dtype = torch.float32) -> None:
     assert_as_exact_as_torch(output, inputs, mask_of(walk), walk)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Memory that nobody wrote is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_part_of_the_mask(mask):
+    check(MASKS[mask])
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(walk_cases())
 def test_any_walk_as_exact_as_torch(case):
     check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=30)
+@given(case=walk_cases())
+def test_any_walk_in_half_precision(dtype, case):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_more_tiles_than_one_chunk(density):
+    length = (2 * CHUNK_TILES + 3) * TILE + 1
+    check(WalkCase(query_length=200, key_length=length, query_offset=length - 200, density=density))
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 500])
+def test_every_tile_is_dense_causal_attention(length):
+    case = WalkCase(query_length=length, key_length=length, heads=4, copies=2, density=1.0)
+    walk, (query, key, value) = case.walk(), case.inputs()
+    output = block_sparse_attention(query, key, value, walk, case.width**-0.5)
+    copies = list(walk.key_head)
+    dense = scaled_dot_product_attention(query, key[:, copies], value[:, copies], is_causal=True)
+    torch.testing.assert_close(output, dense, atol=2e-6, rtol=1e-5)
+
+
+def test_rows_without_a_key_are_zero():
+    case = WalkCase(batch=2, padding="empty", density=1.0)
+    output = block_sparse_attention(*case.inputs(), case.walk(), 1.0)
+    assert (output[0] == 0).all()
+    assert (output[1] != 0).all()
+
+
+def test_large_scores_do_not_overflow():
+    case = WalkCase(width=64, density=1.0)
+    walk, (query, key, value) = case.walk(), case.inputs()
+    output = block_sparse_attention(query * 100, key * 100, value, walk, 1.0)
+    assert output.isfinite().all()
+
+
+def test_the_output_lies_as_a_model_merges_it():
+    case = WalkCase(batch=2, query_length=130, heads=3, copies=1)
+    output = block_sparse_attention(*case.inputs(), case.walk(), 1.0)
+    assert output.transpose(1, 2).is_contiguous()
+
+
+def test_any_strides():
+    case = WalkCase(batch=2, heads=2, copies=2, width=32)
+    walk, inputs = case.walk(), case.inputs()
+    expected = block_sparse_attention(*(x.contiguous() for x in inputs), walk, 0.2)
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in inputs]
+    torch.testing.assert_close(block_sparse_attention(*strided, walk, 0.2), expected)
+
+
+def test_tiles_that_are_not_listed_are_not_read():
+    case = WalkCase(query_length=700, key_length=700, density=0.3, copies=1)
+    walk, (query, key, value) = case.walk(), case.inputs()
+    expected = block_sparse_attention(query, key, value, walk, 0.2)
+    unread = ~selected_tiles(walk.counts, walk.tiles).any(2)[0, 0]  # [nK]
+    assert unread.any()
+    for tile in unread.nonzero().flatten().tolist():
+        key[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
+        value[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
+    assert torch.equal(block_sparse_attention(query, key, value, walk, 0.2), expected)
+
+
+def test_only_listed_tiles_are_multiplied():
+    case = WalkCase(query_length=640, key_length=640, heads=6, copies=2, plans=2, density=0.5)
+    walk, inputs = case.walk(), case.inputs()
+    with FlopCounterMode(display=False) as counter:
+        block_sparse_attention(*inputs, walk, 0.2)
+    tiles = walk.counts.sum((2, 3))[0]  # [P]
+    listed = sum(int(tiles[plan]) for plan in walk.head_plan)
+    # Of the two products of a tile it counts the second; the first writes into a given buffer.
+    assert counter.get_total_flops() == listed * 2 * TILE * TILE * case.width

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from mmcompile.kernels import block_sparse, permute, permute_cpu
 from mmcompile.kernels.attention_config import LARGE, SMALL, Config, padded_head_dim
-from tests.kernels.tile_walks import WalkCase, assert_as_exact_as_torch, mask_of, walk_cases
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.reference import selected_tiles
+from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, walk_cases
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
-BASE = WalkCase(query_length=130, key_length=300, query_offset=170, heads=2, copies=1, plans=2, density=0.8)
 
 
 def check(case: WalkCase, dtype: torch.dtype, config: Config, descriptors: bool) -> None:
@@ -21,6 +22,12 @@ def check(case: WalkCase, dtype: torch.dtype, config: Config, descriptors: bool)
     output = block_sparse.launch(*inputs, walk, case.width**-0.5, config, descriptors)
     assert output.stride() == torch.empty_like(inputs[0].transpose(1, 2)).transpose(1, 2).stride()
     assert_as_exact_as_torch(output, inputs, mask_of(walk), walk)
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_part_of_the_mask(mask, descriptors):
+    check(MASKS[mask], torch.float32, Config(128, 128, 4, 1), descriptors)
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
@@ -36,7 +43,7 @@ def test_every_small_launch_shape(width, dtype):
     check(WalkCase(query_length=100, key_length=150, query_offset=50, width=width), dtype, config, False)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     walk_cases(max_length=260),
     st.sampled_from([torch.float16, torch.float32]),
@@ -45,3 +52,52 @@ def test_every_small_launch_shape(width, dtype):
 )
 def test_any_walk(case, dtype, config, descriptors):
     check(case, dtype, config, descriptors)
+
+
+@settings(max_examples=15)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 200), st.sampled_from([8, 80, 128])),
+    st.integers(1, 2),
+    st.booleans(),
+    st.data(),
+)
+def test_row_copies(size, rows, merged, data):
+    batch, heads, length, width = size
+    x = torch.randn(batch, heads, length, width)
+    if merged:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    order = torch.rand(batch, rows, length).argsort(-1).int()
+    copies = data.draw(st.integers(1, 4))
+    source_head, row = torch.randint(heads, (copies,)).tolist(), torch.randint(rows, (copies,)).tolist()
+    expected = permute_cpu.permute(x, order, source_head, row)
+    output = permute.permute(x, order, source_head, row)
+    assert torch.equal(output, expected)
+    back = permute.unpermute(output, order, row)
+    assert back.transpose(1, 2).is_contiguous()
+    assert torch.equal(back, permute_cpu.unpermute(expected, order, row))
+
+
+def test_any_strides():
+    case = WalkCase(batch=2, query_length=130, key_length=130)
+    walk, inputs = case.walk(), case.inputs()
+    expected = block_sparse.block_sparse_attention(*inputs, walk, 0.2)
+    strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in inputs]
+    assert torch.equal(block_sparse.block_sparse_attention(*strided, walk, 0.2), expected)
+    expanded = [inputs[0], *(x[:, :1].expand(-1, 2, -1, -1) for x in inputs[1:])]
+    expected = block_sparse.block_sparse_attention(*(x.contiguous() for x in expanded), walk, 0.2)
+    assert torch.equal(block_sparse.block_sparse_attention(*expanded, walk, 0.2), expected)
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_tiles_that_are_not_listed_are_not_read(descriptors):
+    case = WalkCase(query_length=700, key_length=700, density=0.3, copies=1)
+    walk, (query, key, value) = case.walk(), case.inputs()
+    config = Config(128, 128, 4, 1)
+    expected = block_sparse.launch(query, key, value, walk, 0.2, config, descriptors)
+    unread = ~selected_tiles(walk.counts, walk.tiles).any(2)[0, 0]  # [nK]
+    assert unread.any()
+    for tile in unread.nonzero().flatten().tolist():
+        key[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
+        value[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
+    output = block_sparse.launch(query, key, value, walk, 0.2, config, descriptors)
+    assert torch.equal(output, expected)

@@ -1,6 +1,6 @@
-"""Random tile walks that no planner made, random heads to attend with, and the error that torch itself makes."""
+"""Random tile walks that no planner made, random heads to attend with, and the error of torch's attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -53,7 +53,7 @@ class WalkCase:
         )
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-        """Query [B, H, Sq, D], key and value [B, C, Sk, D]; the query in [B, S, H, D] memory, as models have it."""
+        """Query [B, H, Sq, D] in [B, Sq, H, D] memory, as models have it; key and value [B, C, Sk, D]."""
         torch.manual_seed(self.seed + 1)
         query = torch.randn(self.batch, self.query_length, self.heads, self.width).transpose(1, 2)
         key, value = torch.randn(2, self.batch, self.copies, self.key_length, self.width)
@@ -95,6 +95,25 @@ class WalkCase:
             slots = torch.rand(self.batch, self.plans, tags.shape[2]).argsort(-1)
             rows = rows.gather(-1, slots.unsqueeze(2).expand_as(rows))
         return rows.contiguous()
+
+
+# One case for each part of an element mask, with rows of two plans and tails in queries and keys.
+_BASE = WalkCase(
+    batch=2, query_length=140, key_length=260, query_offset=120, plans=2, heads=2, copies=2, density=0.8
+)
+MASKS = {
+    "causal": _BASE,
+    "permuted": replace(_BASE, permuted=True),
+    "window": replace(_BASE, window=90),
+    "segments": replace(_BASE, segments=True, permuted=True),
+    "spans": replace(_BASE, spans=True, query_offset=-3),
+    "left padding": replace(_BASE, padding="left"),
+    "holes": replace(_BASE, padding="holes", permuted=True),
+    "no key": replace(_BASE, padding="empty"),
+    "everything": replace(
+        _BASE, window=150, segments=True, spans=True, padding="right", permuted=True, density=1.0
+    ),
+}
 
 
 def tile_lists(
