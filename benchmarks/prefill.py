@@ -13,7 +13,7 @@ import torch
 from figure import Figure
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Qwen2_5_VLTextConfig
+from transformers import AttentionInterface, Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 import mmcompile
@@ -21,7 +21,17 @@ from mmcompile import HeadPattern
 
 FRAME = (16, 16)  # tokens of a frame, after merging
 TEXT = 64  # tokens of text before and after the video
-DENSE = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def repeated_attention(module, query, key, value, attention_mask, scaling, **_unused):
+    """Causal attention with KV heads repeated: cuDNN's kernel takes no grouped heads from torch."""
+    groups = module.num_key_value_groups
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("repeated", repeated_attention)
 
 
 def decoder(layers: int) -> Qwen2_5_VLTextModel:
@@ -69,7 +79,7 @@ def milliseconds(call: Callable[[], object], repeats: int) -> tuple[float, float
     return statistics.median(times), (max(times) - min(times)) / 2
 
 
-def attention_kernels(call: Callable[[], object]) -> str:
+def attention_kernel(call: Callable[[], object]) -> str:
     """The name of the longest attention kernel that a call launches: which library really ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
@@ -79,17 +89,25 @@ def attention_kernels(call: Callable[[], object]) -> str:
     return max(found, key=lambda event: event.device_time_total).key[:60] if found else "none found"
 
 
-def contenders(model: torch.nn.Module, pattern: HeadPattern) -> dict[str, tuple[Callable[..., object], object]]:
-    """Name to (callable, attention backends that its trace and its runs are held to)."""
-    ours = torch.compile(model, backend="mminference", options={"patterns": pattern})
-    found: dict[str, tuple[Callable[..., object], object]] = {"mminference": (ours, None)}
-    for name, backend in DENSE.items():
-        # A function of its own, so that each contender has compiled code of its own.
-        def run(_model=model, **arguments):
-            return _model(**arguments)
+def contenders(model: torch.nn.Module, pattern: HeadPattern) -> dict[str, Callable[..., object]]:
+    """Name to a compiled forward, each with compiled code of its own."""
 
-        found[f"Inductor, {name}"] = (torch.compile(run), backend)
-    return found
+    def ours(**arguments):
+        return model(**arguments)
+
+    def cudnn(**arguments):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return model(**arguments)
+
+    def flash(**arguments):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return model(**arguments)
+
+    return {
+        "mminference": torch.compile(ours, backend="mminference", options={"patterns": pattern}),
+        "Inductor, cuDNN": torch.compile(cudnn),
+        "Inductor, flash": torch.compile(flash),
+    }
 
 
 @torch.no_grad()
@@ -97,34 +115,34 @@ def measure(tokens: int, model: torch.nn.Module, pattern: HeadPattern, repeats: 
     """One row a contender at one length."""
     rows = []
     arguments = inputs(tokens)
-    for name, (run, backend) in contenders(model, pattern).items():
-        with sdpa_kernel(backend) if backend else sdpa_kernel(list(DENSE.values())):
-            torch.compiler.reset()
+    for name, run in contenders(model, pattern).items():
+        torch.compiler.reset()
+        model.config._attn_implementation = "repeated" if "cuDNN" in name else "sdpa"
 
-            def call(run=run):
-                return run(**arguments, use_cache=True).last_hidden_state[:, -1]
+        def call(run=run):
+            return run(**arguments, use_cache=True).last_hidden_state[:, -1]
 
-            begin = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            first = time.perf_counter() - begin
-            call()
-            torch.cuda.reset_peak_memory_stats()
-            median, spread = milliseconds(call, repeats)
-            densities = [site.density for site in mmcompile.stats(model)] if backend is None else [1.0]
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "attention": name,
-                    "prefill ms": round(median, 1),
-                    "spread ms": round(spread, 1),
-                    "density": round(statistics.mean(densities), 4),
-                    "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
-                    "first call s": round(first, 1),
-                    "kernel": attention_kernels(call),
-                }
-            )
-            print(rows[-1], flush=True)
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begin
+        call()
+        torch.cuda.reset_peak_memory_stats()
+        median, spread = milliseconds(call, repeats)
+        densities = [site.density for site in mmcompile.stats(model)] if name == "mminference" else [1.0]
+        rows.append(
+            {
+                "tokens": tokens,
+                "attention": name,
+                "prefill ms": round(median, 1),
+                "spread ms": round(spread, 1),
+                "density": round(statistics.mean(densities), 4),
+                "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+                "first call s": round(first, 1),
+                "attention kernel": attention_kernel(call),
+            }
+        )
+        print(rows[-1], flush=True)
     ours = rows[0]["prefill ms"]
     return [row | {"ours is faster by": f"{row['prefill ms'] / ours:.2f}x"} for row in rows]
 

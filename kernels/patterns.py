@@ -53,6 +53,12 @@ class HeadPattern:
     def key_order(self) -> Order:
         return "modality" if self.boundary == "2d" else "raster"
 
+    def __str__(self) -> str:
+        """How reports name the pattern, such as "a_shape(128, 4096) 2d"."""
+        lengths = {"dense": "", "a_shape": f"({self.sink}, {self.local})"}
+        shape = lengths.get(self.kind, f"({self.sink}, {self.local}, {self.last})")
+        return f"{self.kind}{shape}" + ("" if self.boundary == "none" else f" {self.boundary}")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

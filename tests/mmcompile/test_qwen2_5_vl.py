@@ -48,9 +48,8 @@ def prefill_and_decode(model, inputs, steps=8):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_prefill_decode_and_a_second_longer_video_equal_eager(eager, model, inner):
-    run = torch.compile(model, backend="mminference", options=DENSE | {"inner": inner})
+def test_prefill_decode_and_a_second_longer_video_equal_eager(eager, model):
+    run = torch.compile(model, backend="mminference", options=DENSE)
     for inputs in (short_video(eager), short_video(eager, steps=6, text=40)):
         torch.testing.assert_close(
             prefill_and_decode(run, inputs), prefill_and_decode(eager, inputs), atol=1e-4, rtol=0
@@ -118,6 +117,38 @@ def test_a_left_padded_batch_with_different_layouts(eager, model):
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
 
 
+def decoder_inputs(eager, text, height):
+    """Embeddings and positions as the whole model computes them before its decoder."""
+    inputs = prompts(eager, [[Text(text), video(2, height, 8), Text(text + 3)]])
+    kept = {}
+    hook = eager.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: kept.update(kwargs), with_kwargs=True
+    )
+    eager(**inputs, use_cache=False)
+    hook.remove()
+    return {name: kept[name] for name in ("inputs_embeds", "position_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def test_the_decoder_under_inductor_equals_eager_with_a_cache(eager, model):
+    run = torch.compile(model.model.language_model, backend="mminference", options=DENSE | {"inner": "inductor"})
+    decoder = eager.model.language_model
+    for text in (30, 80):
+        arguments = decoder_inputs(eager, text, 8)
+        got, expected = run(**arguments, use_cache=True), decoder(**arguments, use_cache=True)
+        torch.testing.assert_close(got.last_hidden_state, expected.last_hidden_state, atol=1e-4, rtol=0)
+        next_position = arguments["position_ids"].amax(dim=(0, 2)).view(1, 1, 1).expand(3, 1, 1)
+        for step in range(2):
+            token = {
+                "inputs_embeds": arguments["inputs_embeds"][:, step : step + 1],
+                "position_ids": next_position + 1 + step,
+                "use_cache": True,
+            }
+            got = run(**token, past_key_values=got.past_key_values)
+            expected = decoder(**token, past_key_values=expected.past_key_values)
+            torch.testing.assert_close(got.last_hidden_state, expected.last_hidden_state, atol=1e-4, rtol=0)
+
+
 @torch.no_grad()
 def test_ten_lengths_and_ten_boundary_sets_after_the_first_two_recompile_nothing(eager, model):
     language_graphs = []
@@ -130,19 +161,8 @@ def test_ten_lengths_and_ten_boundary_sets_after_the_first_two_recompile_nothing
     text_model = model.model.language_model
     run = torch.compile(text_model, backend=backend)
 
-    def prompt(text, height):
-        """Embeddings and positions as the whole model computes them before its decoder."""
-        inputs = prompts(eager, [[Text(text), video(2, height, 8), Text(text + 3)]])
-        kept = {}
-        hook = eager.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: kept.update(kwargs), with_kwargs=True
-        )
-        eager(**inputs, use_cache=False)
-        hook.remove()
-        return {name: kept[name] for name in ("inputs_embeds", "position_ids", "attention_mask", "use_cache")}
-
     for index in range(12):
-        arguments = prompt(text=17 + 5 * index, height=4 + 2 * (index % 4))
+        arguments = decoder_inputs(eager, text=17 + 5 * index, height=4 + 2 * (index % 4)) | {"use_cache": False}
         if index == 2:
             warm = len(language_graphs)
         torch.testing.assert_close(
