@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,7 @@ class ModalityBoundaries:
         offsets = self._host_offsets
         if offsets[-1] != batch * length:
             raise BoundaryError(
-                f"offsets: the last is {offsets[-1]}; must be batch * length = {batch} * {length} = "
-                f"{batch * length}"
+                f"offsets: the last is {offsets[-1]}; must be batch * length = {batch} * {length} = {batch * length}"
             )
         missing = sorted(set(range(0, batch * length, length)) - set(offsets))
         if missing:
@@ -145,16 +145,12 @@ def _check_tensors(offsets: Any, modality: Any, grid: Any) -> None:
 def _check_values(offsets: list[int], modality: list[int], grid: torch.Tensor | None) -> None:
     if offsets[0] != 0:
         raise BoundaryError(f"offsets: the first is {offsets[0]}; must be 0")
-    for index, (left, right) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for index, (left, right) in enumerate(pairwise(offsets)):
         if right <= left:
-            raise BoundaryError(
-                f"offsets: {right} at index {index + 1} follows {left}; must be strictly increasing"
-            )
+            raise BoundaryError(f"offsets: {right} at index {index + 1} follows {left}; must be strictly increasing")
     for index, value in enumerate(modality):
         if not 0 <= value < MAX_MODALITIES:
-            raise BoundaryError(
-                f"modality: {value} at index {index}; must be from 0 (text) to {MAX_MODALITIES - 1}"
-            )
+            raise BoundaryError(f"modality: {value} at index {index}; must be from 0 (text) to {MAX_MODALITIES - 1}")
     if grid is not None and bool((grid < 0).any()):
         raise BoundaryError(f"grid: smallest value is {int(grid.min())}; must be at least 0")
 
@@ -305,9 +301,7 @@ def _grids_of_segments(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Grid [M, 3] of each vision segment from its positions' ranges, and whether its frame number changes."""
     tokens = frame.numel()
-    segment = torch.bucketize(
-        torch.arange(tokens, device=frame.device, dtype=torch.int32), offsets[1:], right=True
-    )
+    segment = torch.bucketize(torch.arange(tokens, device=frame.device, dtype=torch.int32), offsets[1:], right=True)
 
     def extent(positions: torch.Tensor) -> torch.Tensor:
         high = torch.zeros(is_vision.numel(), dtype=torch.int64, device=frame.device)

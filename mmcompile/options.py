@@ -49,9 +49,7 @@ class Options:
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: must be True or False")
         if not isinstance(self.inner, str) or self.inner == "mminference":
-            raise OptionError(
-                f'inner={self.inner!r}: must name another backend, such as "inductor" or "eager"'
-            )
+            raise OptionError(f'inner={self.inner!r}: must name another backend, such as "inductor" or "eager"')
 
     @classmethod
     def parse(cls, options: "Mapping[str, Any] | Options | None") -> "Options":
@@ -66,9 +64,7 @@ class Options:
         for name in given:
             if name not in known:
                 nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-                raise OptionError(
-                    f"unknown option {name!r}; did you mean {nearest!r}? Options are: {', '.join(known)}"
-                )
+                raise OptionError(f"unknown option {name!r}; did you mean {nearest!r}? Options are: {', '.join(known)}")
         return cls(**given)
 
     @property
@@ -93,9 +89,7 @@ def _load_patterns(patterns: Any) -> str | HeadPattern | PatternTable:
             raise OptionError(
                 f'patterns={str(patterns)!r}: neither "auto" nor a readable pattern table: {error}'
             ) from error
-    raise OptionError(
-        f'patterns={patterns!r}: must be "auto", a HeadPattern, a PatternTable or the path of one'
-    )
+    raise OptionError(f'patterns={patterns!r}: must be "auto", a HeadPattern, a PatternTable or the path of one')
 
 
 def _checked_disable(names: str | Sequence[str]) -> tuple[str, ...]:

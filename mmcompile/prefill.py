@@ -87,11 +87,7 @@ def _find_positions(inputs: Sequence[fx.Node], batch: Size, length: Size) -> int
     """The input that holds multimodal rotary positions, known by its type and shape."""
     for index, node in enumerate(inputs):
         value = fake_value(node)
-        if (
-            isinstance(value, torch.Tensor)
-            and is_multimodal_positions(value)
-            and same_size(value.shape[1], batch)
-        ):
+        if isinstance(value, torch.Tensor) and is_multimodal_positions(value) and same_size(value.shape[1], batch):
             # Dynamo may give each input its own symbol for one and the same length.
             static = isinstance(value.shape[2], int) and isinstance(length, int)
             if not static or value.shape[2] == length:
@@ -129,9 +125,7 @@ class _LastPrefills:
         self._lock = threading.Lock()
         self._kept: dict[int, tuple[weakref.ref[Any], tuple[SiteRecord, ...], tuple[torch.Tensor, ...]]] = {}
 
-    def keep(
-        self, parameter: torch.Tensor, records: tuple[SiteRecord, ...], densities: Sequence[torch.Tensor]
-    ) -> None:
+    def keep(self, parameter: torch.Tensor, records: tuple[SiteRecord, ...], densities: Sequence[torch.Tensor]) -> None:
         key = id(parameter)
 
         def forget(_: object) -> None:

@@ -201,4 +201,3 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
     # The repeated keys and values, too large to keep for nothing; masks are shared and go last.
     erase_if_unused(graph, operands)
     return new
-

@@ -25,7 +25,11 @@ class Attention(nn.Module):
     def __init__(self, mask=None, is_causal=True, dropout=0.0):
         super().__init__()
         width = HEADS * DIM
-        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width // 2), nn.Linear(width, width // 2)
+        self.q, self.k, self.v = (
+            nn.Linear(width, width),
+            nn.Linear(width, width // 2),
+            nn.Linear(width, width // 2),
+        )
         self.mask, self.is_causal, self.dropout = mask, is_causal, dropout
 
     def forward(self, x):
@@ -126,10 +130,10 @@ def alibi(length):
 
 
 REFUSED = [
-    (dict(mask=alibi), Reason.OPAQUE_MASK),
-    (dict(mask=lambda length: torch.rand(1, 1, length, length)), Reason.OPAQUE_MASK),
-    (dict(is_causal=False), Reason.NON_CAUSAL),
-    (dict(dropout=0.5), Reason.DROPOUT),
+    ({"mask": alibi}, Reason.OPAQUE_MASK),
+    ({"mask": lambda length: torch.rand(1, 1, length, length)}, Reason.OPAQUE_MASK),
+    ({"is_causal": False}, Reason.NON_CAUSAL),
+    ({"dropout": 0.5}, Reason.DROPOUT),
 ]
 
 
@@ -245,7 +249,8 @@ def test_one_graph_that_serves_several_layers_is_refused_for_a_table():
     torch.compiler.reset()
     for layer in model.layers:
         layer.compile(
-            backend="mminference", options=SPARSE | {"patterns": two_layer_table("dense", "a_shape"), "strict": True}
+            backend="mminference",
+            options=SPARSE | {"patterns": two_layer_table("dense", "a_shape"), "strict": True},
         )
     with pytest.raises(UnsupportedSitesError, match="unknown layer"):
         model(x)

@@ -95,9 +95,7 @@ def test_from_input_ids_with_grids():
 
 def test_a_grid_that_does_not_match_its_segment_is_left_unknown():
     ids = torch.tensor([[7, *[VIDEO_ID] * 4, 9, *[VIDEO_ID] * 4, 7]])  # one video, cut by timestamps
-    boundaries = ModalityBoundaries.from_inputs(
-        CONFIG, input_ids=ids, video_grid_thw=torch.tensor([[2, 4, 4]])
-    )
+    boundaries = ModalityBoundaries.from_inputs(CONFIG, input_ids=ids, video_grid_thw=torch.tensor([[2, 4, 4]]))
     assert boundaries.modality.tolist() == [TEXT, VIDEO, TEXT, VIDEO, TEXT]
     assert boundaries.grid.sum() == 0
 
@@ -126,9 +124,7 @@ def positions_of(segments, by_area=False):
         else:
             frames, rows, cols = size
             stride = 2 if kind == VIDEO else 1  # tokens per second times seconds per frame
-            grid = torch.meshgrid(
-                torch.arange(frames) * stride, torch.arange(rows), torch.arange(cols), indexing="ij"
-            )
+            grid = torch.meshgrid(torch.arange(frames) * stride, torch.arange(rows), torch.arange(cols), indexing="ij")
             block = torch.stack([axis.reshape(-1) for axis in grid]) + start
         columns.append(block)
         start = start + max(size[1:]) if by_area and kind != TEXT else int(block.max()) + 1

@@ -23,7 +23,10 @@ from mmcompile import HeadPattern, OptionError, Options, PatternTable
         ({"disable": "fold_permutations"}, r"disable='fold_permutations': must be a list of pass names"),
         ({"disable": ["fold"]}, r"no pass 'fold'; choose from"),
         ({"patterns": 3}, r"patterns=3: must be \"auto\""),
-        ({"patterns": "nowhere.json"}, r"patterns='nowhere.json': neither \"auto\" nor a readable pattern table"),
+        (
+            {"patterns": "nowhere.json"},
+            r"patterns='nowhere.json': neither \"auto\" nor a readable pattern table",
+        ),
     ],
 )
 def test_a_bad_option_is_one_clear_error(options, message):
@@ -49,8 +52,14 @@ def test_a_table_survives_its_file(tmp_path):
     [
         ("not json", "not JSON"),
         (json.dumps({"format": "other"}), 'no "format": "mmcompile.PatternTable" in it'),
-        (json.dumps({"format": "mmcompile.PatternTable", "version": 9}), "has version 9; this release reads 1"),
-        (json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": 3}), "must be a list of lists"),
+        (
+            json.dumps({"format": "mmcompile.PatternTable", "version": 9}),
+            "has version 9; this release reads 1",
+        ),
+        (
+            json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": 3}),
+            "must be a list of lists",
+        ),
         (
             json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": [[{"kind": "b_shape"}]]}),
             "layer 0: kind='b_shape'",

@@ -55,7 +55,8 @@ def scaled_twice(x):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_repeat_kv_is_undone(repeat, dynamic):
     module = capture(
-        lambda q, k, v: F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True), *operands(),
+        lambda q, k, v: F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True),
+        *operands(),
         dynamic=dynamic,
     )
     (site,) = find_attention(module)
@@ -78,7 +79,13 @@ def test_gqa_flag_and_positional_arguments():
         *operands(),
     )
     (site,) = find_attention(module)
-    assert (site.kv_heads, site.is_causal, site.scale, site.mask, site.dropout_p) == (KV_HEADS, True, 0.5, None, 0.0)
+    assert (site.kv_heads, site.is_causal, site.scale, site.mask, site.dropout_p) == (
+        KV_HEADS,
+        True,
+        0.5,
+        None,
+        0.0,
+    )
 
 
 def test_exported_graphs_give_the_same_sites():
