@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-HEIGHT, WIDTH = 336, 448
+HEIGHT, WIDTH = 480, 640
 FRAMES = 64
 RATE = 8
 CUTS = (27, 48)
@@ -24,7 +24,7 @@ def draw(frame: int) -> np.ndarray:
     """One picture, uint8 `[HEIGHT, WIDTH, 3]`."""
     scene = sum(frame >= cut for cut in CUTS)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
-    ground = 0.5 + 0.22 * np.sin(x / (14 + 6 * scene) + 0.6 * scene) * np.cos(y / (20 - 4 * scene))
+    ground = 0.5 + 0.22 * np.sin(x / (20 + 8 * scene) + 0.6 * scene) * np.cos(y / (28 - 6 * scene))
     tint = np.array([(0.55, 0.75, 0.95), (0.95, 0.8, 0.55), (0.65, 0.95, 0.7)][scene])
     picture = ground[..., None] * tint
     time = frame / RATE
@@ -32,7 +32,7 @@ def draw(frame: int) -> np.ndarray:
         angle = time * (0.7 + 0.35 * shape) + 2.1 * shape + scene
         centre_x = WIDTH * (0.5 + 0.30 * math.cos(angle))
         centre_y = HEIGHT * (0.5 + 0.28 * math.sin(angle * (1 + 0.25 * shape)))
-        radius = 34 + 14 * shape
+        radius = 48 + 20 * shape
         u, v = x - centre_x, y - centre_y
         inside = (
             u * u + v * v < radius * radius,
@@ -40,7 +40,7 @@ def draw(frame: int) -> np.ndarray:
             np.maximum(abs(u), abs(v)) < radius,
         )[shape]
         across = u * math.cos(angle) + v * math.sin(angle)
-        stripes = 0.6 + 0.4 * np.sign(np.sin(across / (4.0 + 1.5 * shape)))
+        stripes = 0.6 + 0.4 * np.sign(np.sin(across / (5.5 + 2 * shape)))
         colour = np.roll(np.array([0.95, 0.35, 0.2]), shape + scene)
         picture = np.where(inside[..., None], stripes[..., None] * colour, picture)
     return (picture.clip(0, 1) * 255).astype(np.uint8)

@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "moving_shapes.mp4"
 
 def test_keeps_the_asked_frames_in_order():
     everything = read_frames(EXAMPLE)
-    assert everything.shape == (64, 336, 448, 3)
+    assert everything.shape == (64, 480, 640, 3)
     assert everything.dtype == torch.uint8
     some = read_frames(EXAMPLE, 5)
     assert torch.equal(some, everything[[0, 12, 25, 38, 51]])
@@ -95,15 +95,13 @@ def _processor(**bounds):
 def test_patches_are_the_processors_where_nothing_is_resized(size):
     frame = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
     ours, grid = video_patches(frame.expand(2, -1, -1, -1), min_pixels=28 * 28)
-    theirs = _processor(min_pixels=28 * 28)(
-        frame.numpy(), return_tensors="pt", input_data_format="channels_last"
-    )
+    theirs = _processor(min_pixels=28 * 28)(frame.numpy(), return_tensors="pt", input_data_format="channels_last")
     assert torch.equal(grid, theirs["image_grid_thw"])
     torch.testing.assert_close(ours, theirs["pixel_values"], rtol=0, atol=2e-6)
 
 
 def test_a_lone_frame_is_repeated_like_an_image():
-    frame = read_frames(EXAMPLE, 1)
+    frame = read_frames(EXAMPLE, 1)[:, :448, :616]  # sides that divide by 28: nothing is resized
     ours, grid = video_patches(frame, min_pixels=28 * 28)
     theirs = _processor(min_pixels=28 * 28)(frame[0].numpy(), return_tensors="pt")
     assert torch.equal(grid, theirs["image_grid_thw"])

@@ -1,0 +1,165 @@
+"""The command line: `python -m mmcompile COMMAND`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from mmcompile.errors import MMCompileError
+
+app = typer.Typer(
+    help="A torch.compile backend that makes the prefill of vision-language models sparse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+progress_console = Console(stderr=True)
+
+
+def main() -> None:
+    """Run a command; what a user can put right ends in one line and exit code 1."""
+    try:
+        app()
+    except MMCompileError as error:
+        progress_console.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+@app.callback()
+def _quiet() -> None:
+    # Dynamo tells of every graph break as a warning; `explain` lists them where somebody looks for them.
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    # One progress bar is enough.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@app.command()
+def demo(
+    video: Annotated[Path | None, typer.Option(help="Video file; the one in examples/ by default.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take, spread evenly over the video.")] = 32,
+    tokens_max: Annotated[int, typer.Option(min=1, help="The most tokens that the prompt may have.")] = 8192,
+    inner: Annotated[
+        str | None, typer.Option(help="What compiles the rewritten graphs: inductor, eager.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything shown here too.")] = None,
+) -> None:
+    """Show a tiny Qwen2.5-VL reading a video: dense, compiled with every tile, compiled sparse.
+
+    Example: [bold]python -m mmcompile demo --video holiday.mp4 --json demo.json[/bold]
+    """
+    from mmcompile import demo as shown
+    from mmcompile.demo_tables import decisions_table, runs_table
+
+    with _steps(shown.step_count()) as step:
+        result = shown.run(video, frames=frames, tokens=tokens_max, inner=inner, step=step)
+    out.print(decisions_table(result.report))
+    out.print(runs_table(result))
+    if json_path is not None:
+        _write(json_path, json.dumps(result.to_dict(), indent=2))
+    if not result.exact:
+        raise MMCompileError(
+            f"with every tile computed the answer must be dense attention's, and differs by "
+            f"{result.runs[1].logit_difference:.1e}: please report it, with --json"
+        )
+    out.print(
+        f"{result.report.sparse_count} attentions of the decoder were rewritten; with every tile they gave "
+        "dense attention's answer to rounding. Next: [bold]mmcompile.compile(your_model)[/bold], or "
+        "[bold]python -m mmcompile explain --model PATH[/bold] for what it would do to yours.",
+        highlight=False,
+    )
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")],
+    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt; with --video, the most.")] = 16384,
+    video: Annotated[
+        Path | None, typer.Option(help="Put this video in the prompt (Qwen2-VL, Qwen2.5-VL).")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames to take of the video; all by default.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say for every attention of a model whether it becomes sparse, and why not where it does not.
+
+    No attention is computed.
+
+    Example: [bold]python -m mmcompile explain --model ./my-model --tokens 32768[/bold]
+    """
+    import mmcompile
+    from mmcompile.huggingface import example_inputs, load_model
+    from mmcompile.video import read_frames
+
+    with _steps(3) as step:
+        step(f"load {model}")
+        loaded = load_model(model, dtype=dtype, device=device)
+        step("make a prompt")
+        pictures = None if video is None else read_frames(video, frames)
+        inputs = example_inputs(loaded, frames=pictures, tokens=tokens)
+        step("trace and decide")
+        report = mmcompile.explain(loaded, **inputs)
+    if as_json:
+        print(report.to_json())
+        return
+    out.print(report)
+    for reason in report.breaks:
+        out.print(f"graph break: {reason}", highlight=False, markup=False)
+    out.print(
+        f"{report.sparse_count} of {len(report.sites)} attentions become sparse. "
+        "Next: [bold]mmcompile.compile(model)[/bold] before the first prefill.",
+        highlight=False,
+    )
+
+
+@contextmanager
+def _steps(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar of named steps on stderr; the yielded function begins the next one."""
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=progress_console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        begun = False
+
+        def step(name: str) -> None:
+            nonlocal begun
+            progress.update(task, description=name, advance=1 if begun else 0)
+            begun = True
+
+        yield step
+        progress.update(task, completed=total)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise MMCompileError(f"{path}: cannot be written ({error.strerror})") from error
+    out.print(f"wrote {path}", highlight=False)
