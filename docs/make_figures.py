@@ -28,9 +28,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         figure = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise FigureError(
-            f"{path}: no such figure; run the benchmark that makes it, or drop its marker"
-        ) from error
+        raise FigureError(f"{path}: no such figure; run the benchmark that makes it, or drop its marker") from error
     except json.JSONDecodeError as error:
         raise FigureError(f"{path}: not JSON ({error})") from error
     missing = [field for field in FIELDS if not isinstance(figure, dict) or field not in figure]
@@ -74,9 +72,7 @@ def replace(text: str, figures: Path) -> str:
 
 
 def _fold_spread(row: dict[str, Any]) -> dict[str, str]:
-    spreads = {
-        column for column in row if column.endswith(" spread") and column.removesuffix(" spread") in row
-    }
+    spreads = {column for column in row if column.endswith(" spread") and column.removesuffix(" spread") in row}
     folded = {}
     for column, value in row.items():
         if column not in spreads:
@@ -99,14 +95,10 @@ def _line(cells: list[str]) -> str:
 
 def main() -> int:
     """Rewrite the files named on the command line; 1 where `--check` finds one out of date."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="Markdown files with figure markers")
     parser.add_argument("--figures", type=Path, default=Path(__file__).with_name("figures"))
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing, fail where a table is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a table is out of date")
     arguments = parser.parse_args()
     stale = False
     for file in arguments.files:

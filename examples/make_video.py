@@ -49,9 +49,7 @@ def draw(frame: int) -> np.ndarray:
 def write(path: Path) -> None:
     """Encode all frames as H.264 in an mp4."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            "libx264", rate=Fraction(RATE), options={"crf": "26", "preset": "veryslow"}
-        )
+        stream = container.add_stream("libx264", rate=Fraction(RATE), options={"crf": "26", "preset": "veryslow"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for frame in range(FRAMES):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(draw(frame), format="rgb24")))

@@ -58,9 +58,7 @@ def demo(
     video: Annotated[Path | None, typer.Option(help="Video file; the one in examples/ by default.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames to take, spread evenly over the video.")] = 32,
     tokens_max: Annotated[int, typer.Option(min=1, help="The most tokens that the prompt may have.")] = 8192,
-    inner: Annotated[
-        str | None, typer.Option(help="What compiles the rewritten graphs: inductor, eager.")
-    ] = None,
+    inner: Annotated[str | None, typer.Option(help="What compiles the rewritten graphs: inductor, eager.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything shown here too.")] = None,
 ) -> None:
     """Show a tiny Qwen2.5-VL reading a video: dense, compiled with every tile, compiled sparse.
@@ -93,12 +91,8 @@ def demo(
 def explain(
     model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")],
     tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt; with --video, the most.")] = 16384,
-    video: Annotated[
-        Path | None, typer.Option(help="Put this video in the prompt (Qwen2-VL, Qwen2.5-VL).")
-    ] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Frames to take of the video; all by default.")
-    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Put this video in the prompt (Qwen2-VL, Qwen2.5-VL).")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames to take of the video; all by default.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,

@@ -73,9 +73,7 @@ class Demo:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
-        plain = {
-            name: getattr(self, name) for name in ("device", "video", "frames", "tokens", "inner", "versions")
-        }
+        plain = {name: getattr(self, name) for name in ("device", "video", "frames", "tokens", "inner", "versions")}
         return plain | {
             "exact": self.exact,
             "report": self.report.to_dict(),

@@ -59,9 +59,7 @@ def _rows(report: Report) -> Iterator[tuple[str, ...]]:
         yield (
             _place(site),
             f"{site.heads}/{site.kv_heads} x {site.head_dim}",
-            site.query_length
-            if site.query_length == site.key_length
-            else f"{site.query_length} of {site.key_length}",
+            site.query_length if site.query_length == site.key_length else f"{site.query_length} of {site.key_length}",
             site.mask,
             f"sparse, {', '.join(site.patterns)}" if site.sparse else "dense",
             f"{site.reason}: {site.detail}" if site.detail else str(site.reason),

@@ -63,9 +63,7 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
         auto = AutoModelForImageTextToText if type(config) in VISION_LANGUAGE else AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{path}: transformers cannot load a model from here: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"{path}: transformers cannot load a model from here: {_first_line(error)}") from error
     return model.eval().to(target)
 
 

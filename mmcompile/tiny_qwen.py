@@ -37,9 +37,7 @@ def tiny_qwen2_5_vl(
     """
     head_dim = hidden_size // heads
     if hidden_size % heads or head_dim % 4:
-        raise ValueError(
-            f"hidden_size={hidden_size} over heads={heads} must give a head dim that divides by 4"
-        )
+        raise ValueError(f"hidden_size={hidden_size} over heads={heads} must give a head dim that divides by 4")
     quarter = head_dim // 4
     spatial = (head_dim // 2 - quarter + 1) // 2
     config = Qwen2_5_VLConfig(

@@ -25,9 +25,7 @@ def fit_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels
         ValueError: one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(
-            f"a frame of {width} x {height} is too long and thin: at most {MAX_ASPECT} to 1 will do"
-        )
+        raise ValueError(f"a frame of {width} x {height} is too long and thin: at most {MAX_ASPECT} to 1 will do")
     rows, columns = round(height / multiple), round(width / multiple)
     area = rows * columns * multiple**2
     if area > max_pixels:
@@ -68,9 +66,7 @@ def video_patches(
         ValueError: `frames` has another shape or dtype, or an impossible aspect.
     """
     if frames.dim() != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or len(frames) == 0:
-        raise ValueError(
-            f"frames is {frames.dtype} {list(frames.shape)}; it must be uint8 [frames, height, width, 3]"
-        )
+        raise ValueError(f"frames is {frames.dtype} {list(frames.shape)}; it must be uint8 [frames, height, width, 3]")
     video = _resize(frames, patch_size * merge_size, min_pixels, max_pixels)  # [T, 3, H, W]
     video = _normalise(video)
     missing = -len(video) % temporal_patch_size

@@ -19,9 +19,7 @@ def _run(code: str) -> str:
 
 def test_transformers_imports_from_our_root():
     """It probes for an installed package `kernels`, and from here finds ours on the path."""
-    version = _run(
-        "import transformers; from transformers import Qwen2_5_VLModel; print(transformers.__version__)"
-    )
+    version = _run("import transformers; from transformers import Qwen2_5_VLModel; print(transformers.__version__)")
     assert version
 
 
@@ -39,9 +37,7 @@ def test_floor_packages_do_nothing(floor):
     assert all(isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) for s in statements)
 
 
-@pytest.mark.parametrize(
-    "file", sorted((*ROOT.glob("kernels/**/*.py"), *ROOT.glob("passes/**/*.py"))), ids=str
-)
+@pytest.mark.parametrize("file", sorted((*ROOT.glob("kernels/**/*.py"), *ROOT.glob("passes/**/*.py"))), ids=str)
 def test_imports_go_down_only_and_are_absolute(file):
     allowed = ABOVE[file.relative_to(ROOT).parts[0]]
     for node in ast.walk(ast.parse(file.read_text())):

@@ -62,9 +62,7 @@ def test_explain_prints_every_site_and_what_to_do_next(model_path):
 
 
 def test_explain_json_is_json_and_nothing_else(model_path):
-    report = json.loads(
-        invoke("explain", "--model", model_path, "--tokens", "64", "--device", "cpu", "--json")
-    )
+    report = json.loads(invoke("explain", "--model", model_path, "--tokens", "64", "--device", "cpu", "--json"))
     assert len(report["sites"]) == 2
     assert report["graph_count"] >= 1
 

@@ -114,9 +114,7 @@ def test_batch_is_padded_on_the_left_and_runs(model):
 def prompts_of_row(inputs, row):
     """One row of the batch above without its padding."""
     real = inputs["attention_mask"][row].bool()
-    only = {
-        name: inputs[name][row, real][None] for name in ("input_ids", "attention_mask", "mm_token_type_ids")
-    }
+    only = {name: inputs[name][row, real][None] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
     names = ("pixel_values_videos", "video_grid_thw") if row == 0 else ("pixel_values", "image_grid_thw")
     return only | {name: inputs[name] for name in names}
 
