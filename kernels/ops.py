@@ -14,6 +14,7 @@ from mmcompile.kernels import block_sparse_cpu, permute_cpu
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels.check_inputs import check_attention, check_permute, check_unpermute
 from mmcompile.kernels.dense_attention import dense_attention
+from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.tile_walk import TileWalk
 
 _PLAN = (
@@ -53,7 +54,11 @@ def plan(
     density: float | None,
     min_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`kernels/plan.py`'s plan, and the density of each of its rows, float32 [B, P], as a seventh output."""
+    """`kernels/plan.py`'s plan with tiles as [B, P, nQ * nK], and the density of each row, float32 [B, P].
+
+    Tiles have three dimensions here because torch asks of every tensor with four whether it is channels-last, and
+    for this one the answer would be a guard on the length: prefills on either side of one tile would recompile.
+    """
     result = planning.plan(
         query,
         key,
@@ -74,7 +79,7 @@ def plan(
         density,
         min_tokens,
     )
-    return *result, planning.density(result, window, min_tokens)
+    return *result._replace(tiles=result.tiles.flatten(2)), planning.density(result, window, min_tokens)
 
 
 @plan.register_fake
@@ -82,8 +87,10 @@ def _(
     query, key, offsets, modality, grid, key_valid, query_segment, key_segment, query_span, key_span,
     batch, query_length, key_length, query_offset, window, patterns, density, min_tokens,
 ):  # fmt: skip
-    result = planning.empty_plan(batch, query_length, key_length, patterns, offsets.device)
-    return *result, offsets.new_empty(result.counts.shape[:2], dtype=torch.float32)
+    *shapes, tiles = planning.plan_shapes(batch, query_length, key_length, patterns)
+    shapes.append((*tiles[:2], tiles[2] * tiles[3]))
+    density = offsets.new_empty(tiles[:2], dtype=torch.float32)
+    return *(offsets.new_empty(shape, dtype=torch.int32) for shape in shapes), density
 
 
 @custom_op("mminference::permute", mutates_args=(), device_types="cpu", schema=_PERMUTE)
@@ -159,15 +166,15 @@ def block_sparse_attention(
 
     query: [B, H, Sq, D], key and value: [B, C, Sk, D], bfloat16, float16 or float32, any strides, in the slot
         order of their plan rows. Products accumulate in float32.
-    query_tags, key_tags, counts, tiles: from `plan`. window, segments, spans: the parts of the element mask.
+    query_tags, key_tags, counts, tiles: from `plan`, the op. window, segments, spans: the parts of the element mask.
     head_plan, key_head: plan row and key copy of each of the H heads.
     min_tokens: as given to `plan`; a shorter key length runs dense, with the element mask.
     Returns [B, H, Sq, D] in [B, Sq, H, D] memory.
     Raises ValueError naming the argument, its value, and what would be right.
     """
     walk = TileWalk(
-        query_tags, key_tags, counts, tiles, tuple(head_plan), tuple(key_head), window, segments, spans
-    )
+        query_tags, key_tags, counts, _rows(tiles, query_tags, key_tags), tuple(head_plan), tuple(key_head), window, segments, spans
+    )  # fmt: skip
     check_attention(query, key, value, walk, scale)
     if key.shape[2] < min_tokens:
         return dense_attention(query, key, value, walk, scale)
@@ -194,8 +201,8 @@ def _(
     from mmcompile.kernels import block_sparse
 
     walk = TileWalk(
-        query_tags, key_tags, counts, tiles, tuple(head_plan), tuple(key_head), window, segments, spans
-    )
+        query_tags, key_tags, counts, _rows(tiles, query_tags, key_tags), tuple(head_plan), tuple(key_head), window, segments, spans
+    )  # fmt: skip
     check_attention(query, key, value, walk, scale)
     if key.shape[2] < min_tokens:
         return dense_attention(query, key, value, walk, scale)
@@ -205,6 +212,14 @@ def _(
 @block_sparse_attention.register_fake
 def _(query, *_rest):
     return _merged_heads(query)
+
+
+def _rows(tiles: Tensor, query_tags: Tensor, key_tags: Tensor) -> Tensor:
+    """The op's tiles, [B, P, nQ * nK], as the executors read them, [B, P, nQ, nK]."""
+    rows = [tile_count(tags.shape[-1]) for tags in (query_tags, key_tags)]
+    if tiles.dim() != 3 or tiles.shape[2] != rows[0] * rows[1]:
+        raise ValueError(f"tiles has shape {list(tiles.shape)}; [B, P, {rows[0]} * {rows[1]}] fits, as plan returns it")
+    return tiles.unflatten(2, rows)
 
 
 def _merged_heads(x: Tensor) -> Tensor:

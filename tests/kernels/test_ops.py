@@ -23,7 +23,7 @@ MASKED = replace(CASE, window=100, segments=True, spans=True, padding="left", pe
 def attention_arguments(case: WalkCase, dtype: torch.dtype = torch.float32, min_tokens: int = 0) -> list:
     walk = case.walk()
     maps = [list(walk.head_plan), list(walk.key_head), case.width**-0.5]
-    return [*case.inputs(dtype), *walk[:4], *maps, *walk[6:], min_tokens]
+    return [*case.inputs(dtype), *walk[:3], walk.tiles.flatten(2), *maps, *walk[6:], min_tokens]
 
 
 def random_orders(batch: int, rows: int, length: int) -> torch.Tensor:
@@ -158,8 +158,8 @@ ATTENTION = [argument.name for argument in OPS.block_sparse_attention.default._s
         ("query", torch.zeros(1, 2, 200, 512), "key has shape [1, 1, 200, 32]; [1, 1, 200, 512] fits"),
         ("query", torch.zeros(1, 2, 201, 32), "query_tags has shape [1, 1, 3, 200]; [1, 1, 3, 201] fits"),
         ("value", torch.zeros(1, 1, 200, 64), "value has shape [1, 1, 200, 64]; [1, 1, 200, 32] fits"),
-        ("tiles", torch.zeros(2, 2), "tiles has shape [2, 2]; 4 dimensions [B, P, nQ, nK]"),
-        ("tiles", torch.zeros(1, 1, 2, 2).long(), "tiles has dtype torch.int64; torch.int32, what"),
+        ("tiles", torch.zeros(2, 2), "tiles has shape [2, 2]; [B, P, 2 * 2] fits, as plan returns it"),
+        ("tiles", torch.zeros(1, 1, 4).long(), "tiles has dtype torch.int64; torch.int32, what"),
         ("counts", torch.zeros(1, 1, 2, 1).int(), "counts has shape [1, 1, 2, 1]; [1, 1, 2, 2] fits"),
         ("key_tags", torch.zeros(1, 2, 3, 200).int(), "key_tags has shape [1, 2, 3, 200]; [1, 1, 3, 200]"),
         ("head_plan", [0], "head_plan has 1 entries; 2, one for each of the heads of query"),
