@@ -172,9 +172,8 @@ def block_sparse_attention(
     Returns [B, H, Sq, D] in [B, Sq, H, D] memory.
     Raises ValueError naming the argument, its value, and what would be right.
     """
-    walk = TileWalk(
-        query_tags, key_tags, counts, _rows(tiles, query_tags, key_tags), tuple(head_plan), tuple(key_head), window, segments, spans
-    )  # fmt: skip
+    rows = _rows(tiles, query_tags, key_tags)
+    walk = TileWalk(query_tags, key_tags, counts, rows, tuple(head_plan), tuple(key_head), window, segments, spans)
     check_attention(query, key, value, walk, scale)
     if key.shape[2] < min_tokens:
         return dense_attention(query, key, value, walk, scale)
@@ -200,9 +199,8 @@ def _(
 ) -> Tensor:
     from mmcompile.kernels import block_sparse
 
-    walk = TileWalk(
-        query_tags, key_tags, counts, _rows(tiles, query_tags, key_tags), tuple(head_plan), tuple(key_head), window, segments, spans
-    )  # fmt: skip
+    rows = _rows(tiles, query_tags, key_tags)
+    walk = TileWalk(query_tags, key_tags, counts, rows, tuple(head_plan), tuple(key_head), window, segments, spans)
     check_attention(query, key, value, walk, scale)
     if key.shape[2] < min_tokens:
         return dense_attention(query, key, value, walk, scale)
