@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import sympy
 import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
 from mmcompile.passes.evaluate_mask import allowed
 from mmcompile.passes.graph import fake_value
 from mmcompile.passes.mask_spec import MaskSpec
 from mmcompile.passes.small_run import KEPT_SIZE, NEAR, CannotRun, SmallProgram, SmallSizes
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _RUNS = 4  # successful ones wanted
 _SMALL_WINDOW = 3
-_MOST_TOKENS = 48
+_WIDEST_WINDOW = 128  # a wider one is scaled down
 
 
 def confirm_mask(mask: fx.Node, spec: MaskSpec) -> str | None:
@@ -42,9 +43,7 @@ def confirm_mask(mask: fx.Node, spec: MaskSpec) -> str | None:
     return None if runs >= 2 else f"the mask could not be run at small sizes: {failure}"
 
 
-def _compare(
-    mask: fx.Node, spec: MaskSpec, program: SmallProgram, sizes: SmallSizes, seed: int
-) -> str | None:
+def _compare(mask: fx.Node, spec: MaskSpec, program: SmallProgram, sizes: SmallSizes, seed: int) -> str | None:
     """The first element on which a run and `spec` differ, described; None where they agree."""
     contents = _Contents(seed)
     values = program.run(sizes, contents.make_up)
@@ -94,16 +93,18 @@ def _at(spec: MaskSpec, sizes: SmallSizes) -> MaskSpec:
 
 def _trials(program: SmallProgram, spec: MaskSpec) -> Iterator[SmallSizes]:
     """Sizes to try: equal lengths, longer keys, longer inputs than keys, and equal ones again."""
-    tokens = 7 if spec.window is None or spec.window > _MOST_TOKENS else spec.window + 4
-    lowest = program.lowest_sizes()
-    queries, batch = spec.query_length.free_symbols, program.leading_symbol()
+    tokens = 7 if spec.window is None or spec.window > _WIDEST_WINDOW else spec.window + 4
+    queries, keys = spec.query_length.free_symbols, spec.key_length.free_symbols
+    lowest = dict.fromkeys(sorted(queries | keys, key=str), 2) | program.lowest_sizes()
     for _ in range(2):
         for length, longer in ((tokens, 0), (tokens, 3), (tokens + 1, 1), (tokens + 2, 0)):
-            symbols = {
-                symbol: max(low, 2 if symbol == batch else length if symbol in queries else length + longer)
-                for symbol, low in lowest.items()
-            }
-            yield SmallSizes(symbols, _numbers(program, spec, length))
+            numbers = _numbers(program, spec, length)
+            wanted = {program.leading_symbol(): 2} | dict.fromkeys(keys, length + longer)
+            wanted |= dict.fromkeys(queries, length)
+            known = {symbol: max(low, wanted[symbol]) for symbol, low in lowest.items() if symbol in wanted}
+            reached = SmallSizes(known, numbers).size(spec.key_length) + longer  # inputs that hold every key
+            others = {symbol: max(low, reached) for symbol, low in lowest.items() if symbol not in known}
+            yield SmallSizes(known | others, numbers)
 
 
 def _numbers(program: SmallProgram, spec: MaskSpec, length: int) -> dict[int, int]:
@@ -121,7 +122,7 @@ def _numbers(program: SmallProgram, spec: MaskSpec, length: int) -> dict[int, in
     query = assign(spec.query_length, length)
     prefix = assign(spec.key_length - spec.query_length, 5)
     assign(spec.key_length, query + prefix)
-    if spec.window is not None and spec.window > _MOST_TOKENS:
+    if spec.window is not None and spec.window > _WIDEST_WINDOW and query == length:
         numbers.setdefault(spec.window, _SMALL_WINDOW)
     for extra, size in enumerate(sorted(program.fixed_sizes())):
         assign(size, query + prefix + 8 * (extra + 1))

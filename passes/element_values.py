@@ -15,6 +15,9 @@ from typing import TypeAlias
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
+from torch.utils._sympy.functions import FloorDiv, PythonMod
+
 from mmcompile.passes.index_expressions import (
     Bounds,
     Shifted,
@@ -23,8 +26,6 @@ from mmcompile.passes.index_expressions import (
     has_unknown,
     less,
 )
-from sympy.logic.boolalg import Boolean
-from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 Number: TypeAlias = sympy.Expr | float
 Cases: TypeAlias = tuple[tuple[Boolean, Number], ...]

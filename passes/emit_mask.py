@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from torch import fx
+
 from mmcompile.passes.emit_rows import RowEmitter, SizeArgument, emit_size
 from mmcompile.passes.id_ranges import fits_int32
 from mmcompile.passes.index_expressions import KEY, QUERY
 from mmcompile.passes.mask_spec import MaskSpec
-from torch import fx
 
 _ATEN = torch.ops.aten
 
@@ -46,9 +47,7 @@ def emit_mask(
     query_span, key_span = _equal_ids(queries, keys, spec.query_span, spec.key_span)
     if query_span is not None and not _small_ids(spec, spec.query_span, spec.key_span):
         ids = queries.full(queries.number(spec.query_span))
-        query_span = queries.call(
-            _ATEN.where.ScalarOther, queries.call(_ATEN.ge.Scalar, ids, 0), query_span, -1
-        )
+        query_span = queries.call(_ATEN.where.ScalarOther, queries.call(_ATEN.ge.Scalar, ids, 0), query_span, -1)
     return MaskNodes(
         key_valid=None if spec.key_valid is None else keys.full(keys.condition(spec.key_valid)),
         query_segment=query_segment,
@@ -71,7 +70,8 @@ def _equal_ids(
     both = queries.call(_ATEN.cat.default, list(sides), 1)  # [B, Sq + Sk]
     ordered = queries.call(operator.getitem, queries.call(_ATEN.sort.default, both, 1), 0)
     query_rank, key_rank = (
-        queries.call(_ATEN.searchsorted.Tensor, ordered, side, out_int32=True) for side in sides
+        queries.call(_ATEN.searchsorted.Tensor, ordered, queries.call(_ATEN.contiguous.default, side), out_int32=True)
+        for side in sides
     )
     return query_rank, key_rank
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._sympy.functions import FloorDiv, PythonMod
+
 from mmcompile.passes.emit_sizes import SizeArgument, emit_size
 from mmcompile.passes.graph import expression, fake_value, set_fake_value
 from mmcompile.passes.index_expressions import BATCH, Element, Select, Shifted, has_unknown, terms
 from mmcompile.passes.mask_clauses import normal
 from mmcompile.passes.mask_spec import MaskSpec
-from sympy.logic.boolalg import Boolean
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 _ATEN = torch.ops.aten
 
@@ -124,9 +125,7 @@ class RowEmitter:
         if len(sides) != len(values) or not set(sides) <= {1, -1} or (len(sides) == 2 and rest not in (0, 1)):
             raise ValueError(f"no tensor operation for {literal}")
         if len(sides) == 2:
-            return self._compare(
-                _ATEN.le if rest == 0 else _ATEN.lt, self.number(sides[1]), self.number(sides[-1])
-            )
+            return self._compare(_ATEN.le if rest == 0 else _ATEN.lt, self.number(sides[1]), self.number(sides[-1]))
         if -1 in sides:
             return self._compare(_ATEN.ge, self.number(sides[-1]), self.number(rest))
         if 1 in sides:

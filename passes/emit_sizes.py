@@ -7,9 +7,10 @@ from functools import reduce
 
 import sympy
 import torch
-from mmcompile.passes.graph import expression, fake_value, set_fake_value
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv
+
+from mmcompile.passes.graph import expression, fake_value, set_fake_value
 
 SizeArgument = int | fx.Node
 
@@ -46,9 +47,7 @@ def _emit(graph: fx.Graph, size: sympy.Expr) -> SizeArgument:
     function = {sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv}.get(size.func)
     if function is None:
         raise UnknownSize(f"the size {size}")
-    return reduce(
-        lambda left, right: _call(graph, function, left, right), (_emit(graph, a) for a in size.args)
-    )
+    return reduce(lambda left, right: _call(graph, function, left, right), (_emit(graph, a) for a in size.args))
 
 
 def _source(graph: fx.Graph, symbol: sympy.Symbol) -> tuple[fx.Node, int | None]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import sympy
 import torch
-from mmcompile.passes.index_expressions import BATCH, KEY, QUERY, Element, Select, Shifted
-from mmcompile.passes.mask_spec import MaskSpec
 from torch import Tensor
 from torch.utils._sympy.functions import FloorDiv, PythonMod
+
+from mmcompile.passes.index_expressions import BATCH, KEY, QUERY, Element, Select, Shifted
+from mmcompile.passes.mask_spec import MaskSpec
 
 _OPERATIONS: dict[type, Callable[..., Any]] = {
     sympy.Add: lambda *parts: reduce(operator.add, parts),
@@ -48,13 +49,9 @@ def evaluate(expr: sympy.Basic, symbols: Mapping[sympy.Symbol, Any], tensors: Ma
     return _OPERATIONS[expr.func](*(evaluate(part, symbols, tensors) for part in expr.args))
 
 
-def allowed(
-    spec: MaskSpec, batch: int, sizes: Mapping[sympy.Symbol, int], tensors: Mapping[str, Tensor]
-) -> Tensor:
+def allowed(spec: MaskSpec, batch: int, sizes: Mapping[sympy.Symbol, int], tensors: Mapping[str, Tensor]) -> Tensor:
     """The mask that `spec` claims: bool [batch, Sq, Sk], for sizes given as numbers."""
-    query_length, key_length = (
-        int(length.xreplace(dict(sizes))) for length in (spec.query_length, spec.key_length)
-    )
+    query_length, key_length = (int(length.xreplace(dict(sizes))) for length in (spec.query_length, spec.key_length))
     symbols: dict[sympy.Symbol, Any] = {
         **sizes,
         BATCH: torch.arange(batch)[:, None, None],

@@ -8,10 +8,11 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
+
 from mmcompile.passes.graph import fake_value
 from mmcompile.passes.index_expressions import LONGEST_DIMENSION, Element, Select, Shifted
 from mmcompile.passes.node_operations import operation
-from torch import fx
 
 _LARGEST = 2**31 - 1
 _DEPTH = 16

@@ -7,7 +7,8 @@ however a model wrote them. Nothing here evaluates a comparison of sizes: that w
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import gcd
+from functools import lru_cache
+from math import gcd, inf
 
 import sympy
 import torch
@@ -56,7 +57,12 @@ def size_expression(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
 
 def terms(expr: sympy.Expr) -> dict[sympy.Expr, sympy.Integer]:
     """`expr` as {term: coefficient}; the constant is the coefficient of one."""
-    return dict(sympy.expand(expr).as_coefficients_dict())
+    return dict(_terms(expr))
+
+
+@lru_cache(maxsize=4096)
+def _terms(expr: sympy.Expr) -> tuple[tuple[sympy.Expr, sympy.Integer], ...]:
+    return tuple(sympy.expand(expr).as_coefficients_dict().items())
 
 
 def has_unknown(expr: sympy.Basic) -> bool:
@@ -64,6 +70,7 @@ def has_unknown(expr: sympy.Basic) -> bool:
     return expr.has(Element)
 
 
+@lru_cache(maxsize=4096)
 def nonpositive(expr: sympy.Expr) -> Boolean:
     """The condition `expr <= 0`, divided by the common factor of its coefficients."""
     parts = terms(expr)
@@ -139,19 +146,21 @@ class Bounds:
 
     def fits(self, expr: sympy.Expr, dtype: torch.dtype) -> bool:
         """Whether positions and sizes can never take `expr` out of an integer dtype."""
+        return max(self._reach(expr), self._reach(-expr)) <= torch.iinfo(dtype).max
+
+    def _reach(self, expr: sympy.Expr) -> float:
+        """How large `expr` can get; infinite where a scalar input, neither position nor size, takes part."""
         reach = 0
-        for term, factor in terms(expr).items():
-            low = 0 if term == 1 or term in self.lengths else self.sizes.get(term, (None, None))[0]
+        for term, factor in terms(self._at_extreme(expr)).items():
+            low = 1 if term == 1 else self.sizes.get(term, (None, None))[0]
             if low is None or low < 0:
-                return False  # neither a position nor a size: a scalar input can be anything
-            reach += abs(int(factor)) * (1 if term == 1 else LONGEST_DIMENSION)
-        return reach <= torch.iinfo(dtype).max
+                return inf
+            reach += int(factor) * (1 if term == 1 else LONGEST_DIMENSION if factor > 0 else low)
+        return reach
 
     def _at_extreme(self, expr: sympy.Expr) -> sympy.Expr:
         """`expr` with each index where it makes the value largest."""
-        for _ in range(
-            len(self.lengths)
-        ):  # a length can itself hold no index, so one round for each suffices
+        for _ in range(len(self.lengths)):  # a length can itself hold no index, so one round for each suffices
             for term, factor in terms(expr).items():
                 if term in self.lengths:
                     expr = expr.subs(term, self.lengths[term] - 1 if factor > 0 else 0)

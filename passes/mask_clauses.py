@@ -6,13 +6,15 @@ Conjunctive form is what a MaskSpec is: every clause narrows the mask by itself.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from typing import TypeAlias
 
 import sympy
+from sympy.logic.boolalg import Boolean, to_nnf
+
 from mmcompile.passes.element_values import Unreadable
 from mmcompile.passes.index_expressions import Bounds, nonpositive
-from sympy.logic.boolalg import Boolean, to_nnf
 
 Literal: TypeAlias = Boolean
 Clause: TypeAlias = frozenset[Literal]
@@ -26,6 +28,7 @@ def clauses_of(condition: Boolean, bounds: Bounds) -> frozenset[Clause] | None:
     return _propagate(clauses, bounds)
 
 
+@lru_cache(maxsize=4096)
 def negated(literal: Literal) -> Literal:
     """The opposite literal, in normal form."""
     return normal(sympy.Not(literal))
@@ -107,9 +110,7 @@ def _always(literal: Literal, bounds: Bounds) -> bool:
 
 
 def _never(literal: Literal, bounds: Bounds) -> bool:
-    return literal is sympy.false or (
-        isinstance(literal, sympy.Le) and bounds.never_positive(1 - literal.lhs)
-    )
+    return literal is sympy.false or (isinstance(literal, sympy.Le) and bounds.never_positive(1 - literal.lhs))
 
 
 def _propagate(clauses: frozenset[Clause], bounds: Bounds) -> frozenset[Clause] | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
+from sympy.logic.boolalg import Boolean
+
 from mmcompile.passes.element_values import Unreadable
 from mmcompile.passes.index_expressions import (
     BATCH,
     HEAD,
     KEY,
     QUERY,
-    Bounds,
     Element,
     Select,
     nonpositive,
@@ -21,11 +22,8 @@ from mmcompile.passes.index_expressions import (
 from mmcompile.passes.mask_clauses import Clause, Literal, clauses_of, implies, negated
 from mmcompile.passes.packed_positions import in_places, token_places
 from mmcompile.passes.read_tensors import TensorReader
-from sympy.logic.boolalg import Boolean
 
-Sides = tuple[
-    sympy.Expr, sympy.Expr
-]  # an expression over the query, and the one over the key that it is equal to
+Sides: TypeAlias = tuple[sympy.Expr, sympy.Expr]  # over the query, and what it equals over the key
 
 _OF_QUERIES, _OF_KEYS = {BATCH, QUERY}, {BATCH, KEY}
 
@@ -55,7 +53,7 @@ def assemble(clauses: Iterable[Clause], reader: TensorReader) -> dict[str, Any]:
         ((bound, clauses_of_spans),) = spans.items()
         fields |= _spans(clauses_of_spans, reader)
         upper = {bound}
-    return fields | _limits(upper, lower, reader.bounds)
+    return fields | _limits(upper, lower, reader)
 
 
 def _among_tokens(clauses: Iterable[Clause], reader: TensorReader) -> frozenset[Clause]:
@@ -85,8 +83,9 @@ def _reach(literal: Literal) -> tuple[str, sympy.Expr] | None:
     return {(1, -1): ("upper", -offset), (-1, 1): ("lower", offset)}.get(pair)
 
 
-def _limits(upper: set[sympy.Expr], lower: set[sympy.Expr], bounds: Bounds) -> dict[str, Any]:
+def _limits(upper: set[sympy.Expr], lower: set[sympy.Expr], reader: TensorReader) -> dict[str, Any]:
     """The causal, offset and window fields."""
+    bounds = reader.bounds
     if len(lower) > 1:
         raise Unreadable("more than one window")
     first = next(iter(lower), None)
@@ -98,6 +97,8 @@ def _limits(upper: set[sympy.Expr], lower: set[sympy.Expr], bounds: Bounds) -> d
         offset = next(iter(upper))
     if bounds.never_positive(offset + 1):
         raise Unreadable(f"the first queries see no key (offset {offset})")
+    if upper and bounds.never_positive(reader.key_length - reader.query_length + 1 - offset):
+        raise Unreadable(f"queries see later keys than their own (offset {offset})")
     window = None if first is None else sympy.expand(offset - first + 1)
     if window is not None and not window.is_Integer:
         raise Unreadable(f"a window of {window}, which is no constant")
@@ -189,9 +190,7 @@ def _over(part: Clause | Literal | sympy.Expr, symbols: set[sympy.Symbol]) -> bo
 
 
 def _indices(part: sympy.Basic) -> set[sympy.Symbol]:
-    return {
-        symbol for symbol in part.free_symbols if symbol in (BATCH, HEAD, QUERY, KEY) or " " in symbol.name
-    }
+    return {symbol for symbol in part.free_symbols if symbol in (BATCH, HEAD, QUERY, KEY) or " " in symbol.name}
 
 
 def _equal_ids(clause: Clause) -> Sides | None:

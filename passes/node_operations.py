@@ -10,8 +10,9 @@ import operator
 from typing import Any
 
 import torch
-from mmcompile.passes.graph import fake_value
 from torch import fx
+
+from mmcompile.passes.graph import fake_value
 
 _SPELLINGS = {
     "and": "bitwise_and",
@@ -30,13 +31,16 @@ _SPELLINGS = {
     "mod": "remainder",
     "absolute": "abs",
     "negative": "neg",
-    "radd": "add",
-    "rmul": "mul",
-    "rand": "bitwise_and",
-    "ror": "bitwise_or",
-    "rxor": "bitwise_xor",
     "swapaxes": "transpose",
     "swapdims": "transpose",
+}
+
+_REFLECTED = {
+    "__radd__": "add",
+    "__rmul__": "mul",
+    "__rand__": "bitwise_and",
+    "__ror__": "bitwise_or",
+    "__rxor__": "bitwise_xor",
 }
 
 _OPERATORS = (operator, torch, torch.Tensor, torch.nn.functional, torch._C._nn)
@@ -69,6 +73,8 @@ def nodes_in(argument: Any) -> list[fx.Node]:
 
 
 def _plain(name: str) -> str:
+    if name in _REFLECTED:
+        return _REFLECTED[name]
     bare = name.strip("_") if name.startswith("__") or name in ("and_", "or_", "not_") else name
     return _SPELLINGS.get(bare, bare)
 
@@ -177,9 +183,10 @@ _NEW_MEMORY = frozenset((*_NUMERIC, *_INTEGER, *_LOGICAL, *_CHOICES, *_COPIES, *
 
 
 def _may_share_memory(node: fx.Node, source: fx.Node) -> bool:
-    if operation(node) in _NEW_MEMORY:
+    name = operation(node)
+    if name in _NEW_MEMORY:
         return False
     value, other = fake_value(node), fake_value(source)
     if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
-        return value.dtype == other.dtype
+        return value.dtype == other.dtype or name == "view"
     return value is not None and other is not None and not isinstance(other, torch.SymInt | int)

@@ -11,12 +11,13 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
 from mmcompile.passes.element_values import Unreadable, cases_of
 from mmcompile.passes.index_expressions import Element, Shifted, nonpositive, terms
 from mmcompile.passes.node_operations import operation
 from mmcompile.passes.read_tensors import TensorReader
-from sympy.logic.boolalg import Boolean
-from torch import fx
 
 Places = dict[sympy.Expr, sympy.Expr]
 

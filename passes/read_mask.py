@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import mmcompile.passes.value_rules
-import mmcompile.passes.view_rules  # noqa: F401  (both register rules)
 import sympy
 import torch
-from mmcompile.passes.element_values import Unreadable, Value, cases_of, is_constant
-from mmcompile.passes.graph import fake_value
-from mmcompile.passes.index_expressions import BATCH, HEAD, KEY, QUERY, Bounds
-from mmcompile.passes.mask_clauses import clauses_of
-from mmcompile.passes.mask_parts import assemble
-from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
-from mmcompile.passes.read_tensors import TensorReader
 from sympy.core.symbol import Str
 from sympy.logic.boolalg import Boolean
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+import mmcompile.passes.value_rules
+import mmcompile.passes.view_rules  # noqa: F401  (both register rules)
+from mmcompile.passes.element_values import Unreadable, Value, cases_of, is_constant
+from mmcompile.passes.emit_sizes import UnknownSize, check_size
+from mmcompile.passes.graph import fake_value
+from mmcompile.passes.index_expressions import BATCH, HEAD, KEY, QUERY, Bounds, Element
+from mmcompile.passes.mask_clauses import clauses_of
+from mmcompile.passes.mask_parts import assemble
+from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
+from mmcompile.passes.read_tensors import TensorReader
 
 
 def read_mask(
@@ -52,9 +54,8 @@ def _read(mask: fx.Node, query_length: sympy.Expr, key_length: sympy.Expr, bound
     parts = assemble(clauses, reader)
     spec = MaskSpec(query_length=query_length, key_length=key_length, **parts)
     if finite and not _no_row_is_empty(spec, bounds):
-        raise Unreadable(
-            "additive mask with a finite value: a row without any allowed key would attend to all of them"
-        )
+        raise Unreadable("additive mask with a finite value: a row without any allowed key would attend to all of them")
+    _check_sizes(spec, mask.graph)
     return replace(spec, tensors=_tensors_of(spec, reader), device=fake_value(mask).device)
 
 
@@ -65,9 +66,7 @@ def _mask_index(mask: fx.Node, reader: TensorReader) -> tuple[sympy.Expr, ...]:
     shape = reader.shape(mask)
     if len(shape) > 4:
         raise Unreadable(f"a mask of {len(shape)} dimensions")
-    for size, expected in zip(
-        shape[-2:], (reader.query_length, reader.key_length)[-len(shape) :], strict=False
-    ):
+    for size, expected in zip(shape[-2:], (reader.query_length, reader.key_length)[-len(shape) :], strict=False):
         if size != 1 and size.is_Integer and expected.is_Integer and size != expected:
             raise Unreadable(f"a mask of shape {list(shape)}")
     lengths = reader.bounds.lengths
@@ -105,14 +104,30 @@ def _no_row_is_empty(spec: MaskSpec, bounds: Bounds) -> bool:
         same = spec.query_segment.xreplace({QUERY: KEY}) == spec.key_segment
         if not same or spec.query_length != spec.key_length or spec.offset != 0:
             return False
-    if spec.window is not None and not bounds.never_positive(
-        spec.query_length + spec.offset - spec.key_length
-    ):
+    if spec.window is not None and not bounds.never_positive(spec.query_length + spec.offset - spec.key_length):
         return False  # the window of the last queries may lie behind the last key
     return not spec.causal or bounds.never_positive(-sympy.sympify(spec.offset))
 
 
-def _tensors_of(spec: MaskSpec, reader: TensorReader) -> dict[str, fx.Node]:
+def _check_sizes(spec: MaskSpec, graph: fx.Graph) -> None:
+    """Unreadable where the spec has a size that cannot be had from the graph's inputs."""
+    pending: list[sympy.Basic] = [sympy.sympify(spec.offset), *_rows(spec)]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, sympy.Expr) and not part.has(BATCH, QUERY, KEY, Element):
+            try:
+                check_size(graph, part)
+            except UnknownSize as error:
+                raise Unreadable(str(error)) from error
+        elif not isinstance(part, Str):
+            pending.extend(part.args)
+
+
+def _rows(spec: MaskSpec) -> list[sympy.Basic]:
     sides = (spec.key_valid, spec.query_segment, spec.key_segment, spec.query_span, spec.key_span)
-    names = {atom.name for side in sides if side is not None for atom in side.atoms(Str)}
+    return [side for side in sides if side is not None]
+
+
+def _tensors_of(spec: MaskSpec, reader: TensorReader) -> dict[str, fx.Node]:
+    names = {atom.name for side in _rows(spec) for atom in side.atoms(Str)}
     return {name: reader.unknown[name] for name in sorted(names)}

@@ -13,12 +13,13 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.symbol import Str
+from torch import fx
+
 from mmcompile.passes.element_values import Operand, Unreadable, Value, constant, convert
 from mmcompile.passes.graph import fake_value
 from mmcompile.passes.index_expressions import KEY, QUERY, Bounds, Element, equal, has_unknown
 from mmcompile.passes.node_operations import mutated_nodes, operation
-from sympy.core.symbol import Str
-from torch import fx
 
 Index = tuple[sympy.Expr, ...]
 Shape = tuple[sympy.Expr, ...]
@@ -42,9 +43,7 @@ def rule(*names: str) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
 class TensorReader:
     """Reads elements of one graph's tensors and remembers every unknown tensor that it met."""
 
-    def __init__(
-        self, graph: fx.Graph, query_length: sympy.Expr, key_length: sympy.Expr, bounds: Bounds
-    ) -> None:
+    def __init__(self, graph: fx.Graph, query_length: sympy.Expr, key_length: sympy.Expr, bounds: Bounds) -> None:
         self.query_length = query_length
         self.key_length = key_length
         self.bounds = bounds
@@ -92,11 +91,7 @@ class TensorReader:
         self._check_keepable(node, index, why)
         self.unknown[node.name] = node
         value = Element(Str(node.name), *index)
-        return (
-            sympy.Not(equal(value, sympy.S.Zero))
-            if self.dtype(node) == torch.bool
-            else ((sympy.true, value),)
-        )
+        return sympy.Not(equal(value, sympy.S.Zero)) if self.dtype(node) == torch.bool else ((sympy.true, value),)
 
     def _check_keepable(self, node: fx.Node, index: Index, why: Unreadable) -> None:
         if node in self.mutated:
@@ -192,8 +187,6 @@ def _nodes_inside_vmap(graph: fx.Graph) -> frozenset[fx.Node]:
     """Nodes of one sample's view: they exist between vmap's entry and exit, so none of them can be kept."""
     inside: set[fx.Node] = set()
     for node in graph.nodes:
-        if operation(node).endswith("._add_batch_dim") or any(
-            source in inside for source in node.all_input_nodes
-        ):
+        if operation(node).endswith("._add_batch_dim") or any(source in inside for source in node.all_input_nodes):
             inside.add(node)
     return frozenset(inside)

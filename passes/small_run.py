@@ -13,13 +13,14 @@ from typing import Any
 
 import sympy
 import torch
+from torch import Tensor, fx
+
 from mmcompile.passes.graph import expression, fake_value
 from mmcompile.passes.index_expressions import Bounds
 from mmcompile.passes.node_operations import mutated_nodes, operation
 from mmcompile.passes.read_tensors import RULES
-from torch import Tensor, fx
 
-MOST_ELEMENTS = 2**16
+MOST_ELEMENTS = 2**20
 KEPT_SIZE = 64  # sizes up to this stay as they are
 NEAR = 2
 
@@ -132,9 +133,7 @@ class SmallProgram:
             or not (name in RULES or name in _RUNNABLE or _is_nesting(node))
         )
 
-    def run(
-        self, sizes: SmallSizes, make_up: Callable[[fx.Node, tuple[int, ...]], Tensor]
-    ) -> dict[fx.Node, Any]:
+    def run(self, sizes: SmallSizes, make_up: Callable[[fx.Node, tuple[int, ...]], Tensor]) -> dict[fx.Node, Any]:
         """The value of every node; `make_up(node, shape)` gives those of the inputs."""
         values: dict[fx.Node, Any] = {}
         depth = 0

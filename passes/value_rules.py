@@ -6,11 +6,12 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
+
 from mmcompile.passes import element_values as values
 from mmcompile.passes.element_values import Operand, Unreadable, Value
 from mmcompile.passes.index_expressions import at_most
 from mmcompile.passes.read_tensors import Index, TensorReader, rule
-from torch import fx
 
 
 def _filled(reader: TensorReader, node: fx.Node, scalar: Any) -> Value:
@@ -33,9 +34,7 @@ def zeros(reader: TensorReader, node: fx.Node, index: Index, *shape: Any, **opti
 
 
 @rule("full", "full_like")
-def full(
-    reader: TensorReader, node: fx.Node, index: Index, shape: Any, fill_value: Any, **options: Any
-) -> Value:
+def full(reader: TensorReader, node: fx.Node, index: Index, shape: Any, fill_value: Any, **options: Any) -> Value:
     return _filled(reader, node, fill_value)
 
 
@@ -83,9 +82,7 @@ def same(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, **o
     "cuda",
     "cpu",
 )
-def cast(
-    reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, *target: Any, **options: Any
-) -> Value:
+def cast(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, *target: Any, **options: Any) -> Value:
     """Any spelling of a change of dtype or device: the recorded dtypes say which."""
     value = reader.element(source, index)
     if reader.dtype(source) == reader.dtype(node):
@@ -161,9 +158,7 @@ for _name in ("add", "sub", "mul", "floor_divide", "remainder", "maximum", "mini
 
 
 @rule("rsub")
-def subtract_from(
-    reader: TensorReader, node: fx.Node, index: Index, left: Any, right: Any, alpha: Any = 1
-) -> Value:
+def subtract_from(reader: TensorReader, node: fx.Node, index: Index, left: Any, right: Any, alpha: Any = 1) -> Value:
     if alpha != 1:
         raise Unreadable(f"rsub with alpha={alpha}")
     sides = [reader.operand(side, node, index) for side in (right, left)]
@@ -198,25 +193,19 @@ def absolute(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node)
 
 
 @rule("where")
-def where(
-    reader: TensorReader, node: fx.Node, index: Index, condition: Any, chosen: Any, other: Any
-) -> Value:
+def where(reader: TensorReader, node: fx.Node, index: Index, condition: Any, chosen: Any, other: Any) -> Value:
     holds = values.truth(reader.operand(condition, node, index).value)
     return values.choose(holds, reader.converted(chosen, node, index), reader.converted(other, node, index))
 
 
 @rule("masked_fill")
-def masked_fill(
-    reader: TensorReader, node: fx.Node, index: Index, source: Any, mask: Any, value: Any
-) -> Value:
+def masked_fill(reader: TensorReader, node: fx.Node, index: Index, source: Any, mask: Any, value: Any) -> Value:
     return where(reader, node, index, mask, value, source)
 
 
 def _triangle(name: str, below: bool) -> None:
     @rule(name)
-    def triangle(
-        reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, diagonal: Any = 0
-    ) -> Value:
+    def triangle(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, diagonal: Any = 0) -> Value:
         """The elements on one side of a diagonal, zeros elsewhere."""
         row, column = index[-2:]
         limit = row + reader.size(diagonal)
@@ -229,9 +218,7 @@ _triangle("triu", below=False)
 
 
 @rule("torch._functorch.predispatch._add_batch_dim", "torch._C._functorch._add_batch_dim")
-def enter_vmap(
-    reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, dim: int, level: int
-) -> Value:
+def enter_vmap(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, dim: int, level: int) -> Value:
     """One sample's view of a batched tensor; which sample is a symbol until vmap's exit."""
     dim = dim % (len(index) + 1)
     sample = _sample_index(reader, level, reader.shape(source)[dim])
@@ -247,9 +234,7 @@ def leave_vmap(
     chosen = {_sample_index(reader, level, reader.size(size)): index[dim]}
     if not isinstance(inner, tuple):
         return inner.xreplace(chosen)
-    return tuple(
-        (guard.xreplace(chosen), n if isinstance(n, float) else n.xreplace(chosen)) for guard, n in inner
-    )
+    return tuple((guard.xreplace(chosen), n if isinstance(n, float) else n.xreplace(chosen)) for guard, n in inner)
 
 
 def _sample_index(reader: TensorReader, level: int, size: sympy.Expr) -> sympy.Symbol:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+from torch import fx
+
 from mmcompile.passes.element_values import Unreadable, Value, cases_of
 from mmcompile.passes.graph import fake_value
 from mmcompile.passes.index_expressions import has_unknown
 from mmcompile.passes.read_tensors import Index, TensorReader, rule
-from torch import fx
 
 _WHOLE = slice(None)
 _NO_END = 2**63 - 1
@@ -22,9 +23,7 @@ def unsqueeze(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node
 
 
 @rule("squeeze", "view", "reshape", "view_as", "reshape_as", "_unsafe_view", "flatten", "unflatten")
-def reshape(
-    reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, *sizes: Any, **options: Any
-) -> Value:
+def reshape(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, *sizes: Any, **options: Any) -> Value:
     """A reshape that only adds or removes dimensions of 1, whatever its arguments look like."""
     kept = [place for place, size in zip(index, reader.shape(node), strict=True) if size != 1]
     shape = reader.shape(source)
@@ -35,9 +34,7 @@ def reshape(
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(
-    reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, *sizes: Any, **options: Any
-) -> Value:
+def expand(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, *sizes: Any, **options: Any) -> Value:
     return reader.element(source, reader.broadcast(source, reader.shape(node), index))
 
 
@@ -51,9 +48,7 @@ def permute(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, 
 
 
 @rule("transpose")
-def transpose(
-    reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, dim0: int, dim1: int
-) -> Value:
+def transpose(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, dim0: int, dim1: int) -> Value:
     first, second = reader.integer(dim0) % len(index), reader.integer(dim1) % len(index)
     places = list(index)
     places[first], places[second] = places[second], places[first]
@@ -93,9 +88,7 @@ def narrow(
 
 
 @rule("select")
-def select(
-    reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, dim: int, position: Any
-) -> Value:
+def select(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node, dim: int, position: Any) -> Value:
     shape = reader.shape(source)
     dim = reader.integer(dim) % len(shape)
     return reader.element(source, (*index[:dim], _wrapped(reader, position, shape[dim]), *index[dim:]))
@@ -129,6 +122,7 @@ def subscript(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node
     rest = rest[len(block) :] if apart else rest
 
     places: list[sympy.Expr] = []
+    certain = True
     dims = iter(shape)
     for entry, advanced in zip(entries, tensors, strict=True):
         if entry is None:
@@ -139,6 +133,7 @@ def subscript(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node
             if position is None:
                 position, rest = rest[: len(block)], rest[len(block) :]
             places.append(_gathered(reader, entry, block, tuple(position)))
+            certain = certain and reader.bounds.within(places[-1], size)
         elif isinstance(entry, slice):
             length = reader.shape(node)[len(index) - len(rest)]
             places.append(_sliced(reader, entry, size, length, rest.pop(0)))
@@ -146,17 +141,11 @@ def subscript(reader: TensorReader, node: fx.Node, index: Index, source: fx.Node
             places.append(_wrapped(reader, entry, size))
     if rest:
         raise Unreadable(f"subscript of {source.name}")
-    return _element_at(reader, node, source, places)
-
-
-def _element_at(reader: TensorReader, node: fx.Node, source: fx.Node, places: list[sympy.Expr]) -> Value:
-    """`source[places]`; positions that may be out of range wrap or fail as they did, on the tensor itself."""
-    shape = reader.shape(source)
-    if all(reader.bounds.within(place, size) for place, size in zip(places, shape, strict=True)):
+    if certain:
         return reader.element(source, places)
-    return reader.unknown_element(
-        source, tuple(places), Unreadable(f"positions that {node.name} may take outside of {source.name}")
-    )
+    # Positions out of range count from the end or fail. They still will, if the tensor itself is read by them.
+    outside = Unreadable(f"positions that {node.name} may take outside of {source.name}")
+    return reader.unknown_element(source, tuple(places), outside)
 
 
 def _without_ellipsis(key: tuple | list, dimensions: int) -> list[Any]:
@@ -172,9 +161,7 @@ def _is_tensor(entry: Any) -> bool:
     return isinstance(entry, fx.Node) and hasattr(fake_value(entry), "dtype")
 
 
-def _advanced_dimensions(
-    reader: TensorReader, entries: list[Any], tensors: list[bool]
-) -> tuple[sympy.Expr, ...]:
+def _advanced_dimensions(reader: TensorReader, entries: list[Any], tensors: list[bool]) -> tuple[sympy.Expr, ...]:
     """The shape that the key's position tensors broadcast to."""
     shapes = [reader.shape(entry) for entry, advanced in zip(entries, tensors, strict=True) if advanced]
     if () in shapes and any(shapes):
@@ -217,9 +204,7 @@ def _wrapped(reader: TensorReader, position: Any, size: sympy.Expr) -> sympy.Exp
     raise Unreadable(f"position {position} of unknown sign")
 
 
-def _sliced(
-    reader: TensorReader, bounds: slice, size: sympy.Expr, length: sympy.Expr, place: sympy.Expr
-) -> sympy.Expr:
+def _sliced(reader: TensorReader, bounds: slice, size: sympy.Expr, length: sympy.Expr, place: sympy.Expr) -> sympy.Expr:
     """Where element `place` of a slice with `length` elements lies in a dimension of `size`."""
     step = 1 if bounds.step is None else reader.integer(bounds.step)
     if bounds.start is None:

@@ -1,0 +1,364 @@
+"""Reading masks: each form that models use, captured as they capture it, and the forms that must stay opaque."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, Qwen2Config
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
+
+from mmcompile.passes.confirm_mask import confirm_mask
+from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.graph import copy_graph
+from mmcompile.passes.index_expressions import KEY, QUERY
+from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
+from mmcompile.passes.read_mask import read_mask
+from mmcompile.tiny_qwen import tiny_qwen2_5_vl
+from tests.passes.captured_masks import emit_rows, record, trace_aten
+from tests.passes.mask_grammar import INDICES, MaskProgram, Sizes, make_inputs, program_source
+
+BATCH, LENGTH, WIDTH = 2, 7, 16
+CONFIG = Qwen2Config(
+    hidden_size=WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    sliding_window=4,
+    use_sliding_window=True,
+    layer_types=["full_attention", "sliding_attention"],
+)
+CONFIG._attn_implementation = "sdpa"
+
+
+def attend(x, mask):
+    x = x[:, None]
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+def same_block(ids):
+    return lambda b, h, q, k: (ids[b, q] == ids[b, k]) & (ids[b, q] >= 0)
+
+
+def causal(x, padding, ids, positions):
+    return attend(x, create_causal_mask(CONFIG, x, padding, None))
+
+
+def sliding(x, padding, ids, positions):
+    return attend(x, create_sliding_window_causal_mask(CONFIG, x, padding, None))
+
+
+def packed(x, padding, ids, positions):
+    return attend(x, create_causal_mask(CONFIG, x, None, None, position_ids=positions))
+
+
+def packed_sliding(x, padding, ids, positions):
+    return attend(x, create_sliding_window_causal_mask(CONFIG, x, None, None, position_ids=positions))
+
+
+def blocks(x, padding, ids, positions):
+    return attend(x, create_causal_mask(CONFIG, x, padding, None, block_sequence_ids=ids))
+
+
+def sliding_blocks(x, padding, ids, positions):  # gemma3's, written by vmap
+    window = sliding_window_overlay(CONFIG.sliding_window)
+    mask = create_causal_mask(CONFIG, x, padding, None, or_mask_function=same_block(ids), and_mask_function=window)
+    return attend(x, mask)
+
+
+def bidirectional(x, padding, ids, positions):
+    return attend(x, create_bidirectional_mask(CONFIG, x, padding))
+
+
+DESCRIBED = {
+    causal: "causal+padding",
+    sliding: "causal+padding, window 4",
+    packed: "packed causal",
+    packed_sliding: "packed causal, window 4",
+    blocks: "causal|spans+padding",
+    sliding_blocks: "causal|spans+padding, window 4",
+    bidirectional: "bidirectional+padding",
+}
+
+
+def transformer_inputs(length=LENGTH):
+    ids = torch.randint(-1, 2, (BATCH, length))
+    positions = torch.arange(length).expand(BATCH, length)
+    return torch.randn(BATCH, length, WIDTH), torch.ones(BATCH, length, dtype=torch.int64), ids, positions
+
+
+def graphs_of(function, *calls, dynamic=None):
+    """The graphs with attention that Dynamo hands a backend for these calls."""
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(copy_graph(module))
+        return module.forward
+
+    compiled = torch.compile(function, backend=backend, dynamic=dynamic)
+    with torch.no_grad():
+        for arguments in calls:
+            compiled(*arguments)
+    return [graph for graph in graphs if find_attention(graph)]
+
+
+def read_sites(module):
+    """What is read and confirmed of each site's mask, described."""
+    found = []
+    for site in find_attention(module):
+        if site.mask is None:
+            continue
+        spec = read_mask(site.mask, site.query_length, site.key_length)
+        assert isinstance(spec, OpaqueMask) or confirm_mask(site.mask, spec) is None
+        found.append(spec.describe() if isinstance(spec, MaskSpec) else spec.reason)
+    return found
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("function", DESCRIBED, ids=lambda function: function.__name__)
+def test_masks_of_transformers_from_dynamo(function, dynamic):
+    (graph,) = graphs_of(function, transformer_inputs(), dynamic=dynamic)
+    assert read_sites(graph) == [DESCRIBED[function]]
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments):
+        return self.function(*arguments)
+
+
+@pytest.mark.parametrize("function", [f for f in DESCRIBED if f is not sliding_blocks], ids=lambda f: f.__name__)
+def test_masks_of_transformers_from_export(function):
+    arguments = transformer_inputs()
+    length = torch.export.Dim("length", min=2)
+    program = torch.export.export(
+        Exported(function), arguments, dynamic_shapes=(tuple({1: length} for _ in arguments),)
+    )
+    assert read_sites(program.graph_module) == [DESCRIBED[function]]
+
+
+def test_vmap_under_export_is_opaque():
+    program = torch.export.export(Exported(sliding_blocks), transformer_inputs())
+    assert read_sites(program.graph_module) == ["operation torch.ops.higher_order.flat_apply"]
+
+
+def test_the_text_model_of_qwen2_5_vl_at_its_first_and_later_lengths():
+    model = tiny_qwen2_5_vl().model.language_model
+    calls = []
+    for length in (40, 48, 56):
+        embeddings = torch.randn(1, length, model.config.hidden_size)
+        padding = (torch.arange(length) > 2).long()[None]
+        calls.append((None, padding, torch.arange(length).expand(3, 1, length), None, embeddings))
+    graphs = graphs_of(model, *calls)
+    assert [read_sites(graph) for graph in graphs] == [["causal+padding"] * 2] * 2  # static, then dynamic
+
+
+def test_a_prefix_in_the_cache_is_the_offset():
+    def step(x, padding, cache):
+        return attend_to(x, cache, create_causal_mask(CONFIG, x, padding, cache))
+
+    def attend_to(x, cache, mask):
+        key, value = cache.update(x[:, None], x[:, None], 0)
+        return F.scaled_dot_product_attention(x[:, None], key, value, attn_mask=mask)
+
+    calls = []
+    for prefix, length in ((5, 4), (9, 6)):
+        cache = DynamicCache()
+        cache.update(torch.randn(BATCH, 1, prefix, WIDTH), torch.randn(BATCH, 1, prefix, WIDTH), 0)
+        calls.append((torch.randn(BATCH, length, WIDTH), torch.ones(BATCH, prefix + length).long(), cache))
+    found = [read_sites(graph) for graph in graphs_of(step, *calls)]
+    assert found[0] == ["causal+padding (offset 5)"]
+    assert len(found) == 2 and found[1][0].startswith("causal+padding (offset s")
+
+
+def read_program(mask, result="m", *, dynamic=False, capture=record, sizes=Sizes(2, 5, 8), **options):  # noqa: B008
+    """The reading of a mask written in the words of mask_grammar, confirmed where it is one."""
+    function = MaskProgram("known", program_source(mask, result, **options)).compiled()
+    captured = capture(function, make_inputs(sizes, 0, torch.int64), dynamic=dynamic)
+    spec = captured.read()
+    assert isinstance(spec, OpaqueMask) or confirm_mask(captured.mask, spec) is None
+    return spec
+
+
+READ = {
+    "k <= q": "causal (offset 3)",
+    "(k <= q) & (k > q - 2)": "causal, window 2 (offset 3)",
+    "(k <= q) & (q - k <= 2)": "causal, window 3 (offset 3)",
+    "torch.ones(Sk, Sk, dtype=torch.bool).tril()[-Sq:]": "causal (offset 3)",
+    "torch.ones(Sq, Sk, dtype=torch.bool).tril()": "causal",
+    "(k <= q) & am.bool()[:, None, None, :]": "causal+padding (offset 3)",
+    "(k <= q) & (score[:, None, None, :] > 0.5)": "causal+padding (offset 3)",
+    "(k <= q) & (k % 2 == 0)": "causal+padding (offset 3)",
+    "(k <= q) | ((ids[b, q] == ids[b, k]) & (ids[b, q] >= 0))": "causal|spans (offset 3)",
+    "(k <= q) | (am.bool()[b, q] & am.bool()[b, k])": "causal|spans (offset 3)",
+    "(k <= q) | am.bool()[b, k]": "causal|spans (offset 3)",
+    "(k <= q) & (ids[b, q] == ids[b, k])": "packed causal (offset 3)",
+    "(k <= q) & (q // 4 == k // 4)": "packed causal (offset 3)",
+    "(k <= q) & (am.bool()[b, q] == am.bool()[b, k])": "packed causal (offset 3)",
+    "(p[b, q] == p[b, k]) & (pos[b, k] <= pos[b, q])": "packed causal (offset 3)",
+    "(q >= 0) & am.bool()[b, k]": "bidirectional+padding",
+    "((k <= q) & (k >= 0)) & ~(k > 99)": "causal (offset 3)",
+}
+
+
+@pytest.mark.parametrize("capture", [record, trace_aten])
+@pytest.mark.parametrize("mask", READ)
+def test_forms_that_are_read(mask, capture):
+    assert read_program(mask, capture=capture).describe() == READ[mask]
+
+
+OPAQUE = {
+    "bias > 0": "the values of bias",
+    "k <= q + 1": "queries see later keys than their own (offset 4)",
+    "abs(q - k) <= 2": "queries see later keys than their own (offset 5)",
+    "k < q - 3": "the first queries see no key",
+    "(k <= q) & am.bool()[b, q]": "a condition on queries alone",
+    "(k - q) >= -(torch.arange(H) + 2)[None, :, None, None]": "differs between heads",
+    "(k <= q) & (torch.arange(H)[None, :, None, None] != 1)": "differs between heads",
+    "(k <= q) ^ am.bool()[b, k]": "no known form",
+    "k <= ids[b, q]": "a data-dependent bound",
+    "(k <= q) & (ids[b, q] <= ids[b, k])": "a data-dependent bound",
+    "(k <= q) | (ids[b, q] == ids[b, k])": "without a condition that the ids are not negative",
+    "(k <= q) & (pos[b, k] <= pos[b, q])": "a data-dependent bound",
+    "(k <= q) & ((k > q - 2) | (k < 2))": "no known form",
+    "(k <= q) & (ids[b, q] == ids[b, k]) & (pos[b, q] == pos[b, k])": "more than one equality of ids",
+    "((k <= q) & am.bool()[b, k]).any(-2, keepdim=True)": "operation any",
+    "(k <= q) & (k > q)": "no position is allowed",
+    "torch.rand(Sq, Sk) > 0.5": "operation rand",
+    "(k.to(torch.float32) <= q)": "cast of positions or ids",
+}
+
+
+@pytest.mark.parametrize("capture", [record, trace_aten])
+@pytest.mark.parametrize("mask", OPAQUE)
+def test_forms_that_stay_opaque(mask, capture):
+    spec = read_program(mask, capture=capture)
+    assert isinstance(spec, OpaqueMask)
+    assert OPAQUE[mask] in spec.reason.replace("arg6_1", "bias")
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        ("torch.where(m, 0.0, float('-inf'))", None),
+        ("torch.zeros(B, 1, Sq, Sk).masked_fill(~m, float('-inf'))", None),
+        ("torch.zeros(B, 1, Sq, Sk, dtype=torch.float16).masked_fill(~m, float('-inf'))", None),
+        ("torch.where(m, 0.0, torch.finfo(torch.float32).min)", None),
+        ("(1.0 - m.float()) * torch.finfo(torch.float32).min", None),
+        ("torch.full((Sq, Sk), float('-inf')).triu(past + 1)", None),
+        ("torch.where(m, 0.0, torch.finfo(torch.float16).min)", "the value -65504"),
+        ("torch.where(m, 0.0, -1e4)", "the value -10000"),
+        ("torch.where(m, 1.0, float('-inf'))", "the value 1.0"),
+        ("(1.0 - m.float()) * float('-inf')", "the value nan"),
+        ("torch.where(m, bias, float('-inf'))", "the values of bias"),
+        (
+            "torch.where(m & am.bool()[:, None, None], 0.0, torch.finfo(torch.float32).min)",
+            "a row without any allowed key",
+        ),
+        ("m.clone().logical_and_(k > 1)", "is changed in place"),
+        ("torch.logical_and(m, k > 1, out=m.clone())", "arguments of logical_and"),
+    ],
+)
+def test_additive_and_in_place_masks(result, reason):
+    spec = read_program("k <= q", result)
+    if reason is None:
+        assert spec.describe() == "causal (offset 3)"
+    else:
+        assert reason in spec.reason
+
+
+def test_integers_are_no_conditions():
+    """`&` on integers is bitwise, uint8 wraps, and a scalar is cast to the tensor's dtype before it is compared."""
+    both = "(am.to(torch.uint8)[b, k] & ids.to(torch.uint8)[b, k]).bool()"
+    for mask in (both, "(am.to(torch.uint8) - 1)[b, k] > 100", "am.to(torch.uint8)[b, k] > -1"):
+        spec = read_program(f"(k <= q) & ({mask})")
+        assert spec.describe() == "causal+padding (offset 3)"  # by the tensor that the graph makes of it
+
+
+def test_offsets_of_symbolic_sizes():
+    spec = read_program("k <= q", dynamic=True)
+    assert spec.offset == spec.key_length - spec.query_length
+    spec = read_program("(k <= q) & (k > q - 3)", dynamic=True)
+    assert spec.offset == spec.key_length - spec.query_length and spec.window == 3
+
+
+class NothingLarge(TorchDispatchMode):
+    """Fails where a real tensor of more than a million elements is made."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+                assert value.numel() <= 2**20, function
+        return result
+
+
+@pytest.mark.parametrize("indices", INDICES)
+def test_a_million_tokens_allocate_nothing(indices):
+    """On fake tensors with static sizes: neither reading nor confirming makes anything of queries x keys."""
+    tokens = 2**20
+
+    def program(query, key, am):
+        names = {"torch": torch, "query": query, "key": key, "am": am}
+        B, Sq, Sk = 1, query.shape[2], key.shape[2]
+        names |= {"B": B, "Sq": Sq, "Sk": Sk, "past": Sk - Sq}
+        for line in indices:
+            exec(line, names)
+        q, k = names["q"], names["k"]
+        return (k <= q) & (k > q - 4096) & am.bool()[:, None, None, :]
+
+    for queries, keys in ((tokens, tokens), (tokens, tokens + 4096), (4096, tokens)):
+        inputs = {
+            "query": torch.empty(1).expand(1, 2, queries, 4),
+            "key": torch.empty(1).expand(1, 2, keys, 4),
+            "am": torch.ones(1, dtype=torch.int64).expand(1, keys),
+        }
+        captured = record(program, inputs, dynamic=False)
+        with NothingLarge():
+            spec = captured.read()
+            assert confirm_mask(captured.mask, spec) is None
+            emit_rows(captured, spec)
+        prefix = f" (offset {keys - queries})" if keys != queries else ""
+        assert spec.describe() == f"causal+padding, window 4096{prefix}"
+
+
+def test_confirming_finds_wrong_readings():
+    captured = record(
+        MaskProgram("known", program_source("(k <= q) & (k > q - 3) & am.bool()[b, k]")).compiled(),
+        make_inputs(Sizes(2, 5, 8), 0, torch.int64),
+        dynamic=True,
+    )
+    spec = captured.read()
+    assert confirm_mask(captured.mask, spec) is None
+    for wrong in (
+        {"offset": 0},
+        {"offset": spec.offset + 1},
+        {"window": 4},
+        {"window": None},
+        {"key_valid": None},
+        {"causal": False},
+        {"query_segment": QUERY, "key_segment": KEY},
+    ):
+        assert "says that query" in confirm_mask(captured.mask, replace(spec, **wrong))
+
+
+def test_reading_adds_no_guard():
+    function = MaskProgram("known", program_source("(k <= q) & am.bool()[b, k]")).compiled()
+    captured = record(function, make_inputs(Sizes(2, 5, 8), 0, torch.int64), dynamic=True)
+    environment = captured.length("query").node.shape_env
+    guards = len(environment.guards)
+    spec = captured.read()
+    confirm_mask(captured.mask, spec)
+    assert len(environment.guards) == guards
