@@ -21,13 +21,6 @@ class TileWalk(NamedTuple):
     segments: bool
     spans: bool
 
-    def heads_by_copy_and_plan(self) -> dict[int, dict[int, list[int]]]:
-        """Query heads that share both a key copy and a plan row: {copy: {plan row: heads}}."""
-        groups: dict[int, dict[int, list[int]]] = {}
-        for head, (plan, copy) in enumerate(zip(self.head_plan, self.key_head, strict=True)):
-            groups.setdefault(copy, {}).setdefault(plan, []).append(head)
-        return groups
-
     def allowed(self, query_tags: Tensor, key_tags: Tensor) -> Tensor:
         """The element mask of some queries and keys, tiles aside.
 

@@ -1,12 +1,15 @@
 """The CPU path against the float64 oracle, and that it does only the work that a plan lists."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcompile.kernels.block_sparse_cpu import CHUNK_TILES, block_sparse_attention
+from mmcompile.kernels import block_sparse_cpu
+from mmcompile.kernels.block_sparse_cpu import block_sparse_attention
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.reference import selected_tiles
 from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, walk_cases
@@ -38,10 +41,12 @@ def test_any_walk_in_half_precision(dtype, case):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("density", [0.4, 1.0])
-def test_more_tiles_than_one_chunk(density):
-    length = (2 * CHUNK_TILES + 3) * TILE + 1
-    check(WalkCase(query_length=200, key_length=length, query_offset=length - 200, density=density))
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_more_tiles_than_one_step(heads, permuted, monkeypatch):
+    monkeypatch.setattr(block_sparse_cpu, "STEP_SCORES", 3 * TILE * TILE)  # a tile of each of three heads
+    case = WalkCase(query_length=200, key_length=901, query_offset=701, density=0.9, heads=heads, copies=1)
+    check(replace(case, permuted=permuted))
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 500])
