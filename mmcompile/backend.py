@@ -2,6 +2,9 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._logging import trace_structured
 
+from mmcompile import kernels
 from mmcompile.errors import UnsupportedSitesError
 from mmcompile.options import Options
 from mmcompile.passes.decide import SiteRecord
@@ -48,7 +52,17 @@ def mminference(
     if rewritten.boundaries is None:
         return inner(rewritten.module, list(example_inputs))
     inputs = [*example_inputs, *rewritten.boundaries.examples]
-    return CompiledPrefill(inner(rewritten.module, inputs), rewritten)
+    # Inductor's caches on disk know our ops by name alone; code compiled for another version must not be found.
+    tag = f"{torch.compiler.config.cache_key_tag}mmcompile-{_kernels_digest()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return CompiledPrefill(inner(rewritten.module, inputs), rewritten)
+
+
+@lru_cache
+def _kernels_digest() -> str:
+    """Digest of the kernels' sources, which say what an op returns."""
+    sources = sorted(files(kernels).iterdir(), key=lambda file: file.name)
+    return sha256(b"".join(file.read_bytes() for file in sources if file.name.endswith(".py"))).hexdigest()
 
 
 def _inner_compiler(name: str, mode: str | None) -> CompiledFunction:

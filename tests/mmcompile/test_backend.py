@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.registry import register_backend
 
 import mmcompile
 from mmcompile import HeadPattern, ModalityBoundaries, PatternTable, Reason, UnsupportedSitesError
@@ -67,6 +68,21 @@ def test_every_tile_equals_dense(inner):
     model, x = Decoder(), tokens(300, batch=2)
     torch.testing.assert_close(compiled(model, density=1.0, inner=inner)(x), model(x), atol=1e-5, rtol=1e-5)
     assert [site.density for site in mmcompile.stats(model)] == [1.0, 1.0]
+
+
+@torch.no_grad()
+def test_compiled_code_in_inductors_cache_is_tied_to_the_kernels_sources():
+    tags = []
+
+    @register_backend
+    def keep_tag(module, example_inputs):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return module.forward
+
+    compiled(Decoder(), inner="keep_tag")(tokens(200))
+    assert tags[0].startswith("mmcompile-")
+    assert len(tags[0]) > 64
+    assert torch.compiler.config.cache_key_tag == ""
 
 
 @torch.no_grad()
@@ -147,7 +163,7 @@ def test_what_is_not_understood_is_untouched_reported_and_refused_when_strict(at
         graphs.append(module)
         return module.forward
 
-    torch._dynamo.backends.registry.register_backend(inner, name=f"keep_{id(graphs)}")
+    register_backend(inner, name=f"keep_{id(graphs)}")
     handed = []
 
     def backend(module, example_inputs):
