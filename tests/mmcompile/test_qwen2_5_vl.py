@@ -83,15 +83,7 @@ def test_plain_torch_compile_finds_the_boundaries_in_rotary_positions(model):
 
 
 @torch.no_grad()
-def test_compile_finds_the_boundaries_in_the_models_inputs(model):
-    mmcompile.compile(model, **SPY)
-    spy.plan_arguments.clear()
-    model(**mixed_prompt(model))
-    assert list(map(spy.segments, spy.plan_arguments)) == [MIXED]
-
-
-@torch.no_grad()
-def test_bound_boundaries_come_first_and_the_next_call_does_not_see_them(model):
+def test_bound_boundaries_come_first_and_the_next_call_reads_its_own_inputs(model):
     mmcompile.compile(model, **SPY)
     inputs = mixed_prompt(model)
     length = inputs["input_ids"].shape[1]
