@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from mmcompile.passes.emit_mask import emit_mask
 from mmcompile.passes.emit_sizes import emit_size
-from mmcompile.passes.graph import expression, fake_value
+from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.graph import copy_graph, expression, fake_value
 from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
 from mmcompile.passes.read_mask import read_mask
 
@@ -199,3 +201,25 @@ def real_mask(program: Program, inputs: Inputs) -> Tensor:
     while allowed.dim() < 4:
         allowed = allowed[None]
     return allowed.expand(batch, -1, length, keys)
+
+
+def trace_dynamo(program: Program, inputs: Inputs, *, dynamic: bool) -> Captured:
+    """The graph that Dynamo hands a backend for an attention under the program's mask."""
+    graphs: list[fx.GraphModule] = []
+
+    def attend(query, key, am, ids, pos, score, bias):
+        mask = program(query, key, am, ids, pos, score, bias)
+        if mask.is_floating_point():
+            query, key = query.to(mask.dtype), key.to(mask.dtype)
+        return F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+
+    def backend(module, example_inputs):
+        graphs.append(copy_graph(module))
+        return module.forward
+
+    torch.compiler.reset()
+    torch.compile(attend, backend=backend, dynamic=dynamic, fullgraph=True)(**inputs)
+    graph = graphs[0].graph
+    tensors = {str(node.target)[2:-1]: node for node in graph.find_nodes(op="placeholder")}  # L_query_
+    (site,) = find_attention(graphs[0])
+    return Captured(graph, {name: tensors[name] for name in inputs if name in tensors}, site.mask)
