@@ -64,6 +64,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if function is Tensor.__setitem__:
+            self.graph.call_function(operator.setitem, self._arguments(args))
         if isinstance(result, Tensor) and function.__name__ != "__get__":
             self.know(result, self._call(function, self._arguments(args), self._arguments(kwargs or {})))
         return result

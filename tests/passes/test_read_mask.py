@@ -24,7 +24,7 @@ from mmcompile.passes.index_expressions import KEY, QUERY
 from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
 from mmcompile.passes.read_mask import read_mask
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
-from tests.passes.captured_masks import emit_rows, record, trace_aten
+from tests.passes.captured_masks import emit_rows, real_mask, record, rewritten_mask, trace_aten
 from tests.passes.mask_grammar import INDICES, MaskProgram, Sizes, make_inputs, program_source
 
 BATCH, LENGTH, WIDTH = 2, 7, 16
@@ -277,6 +277,59 @@ def test_additive_and_in_place_masks(result, reason):
         assert spec.describe() == "causal (offset 3)"
     else:
         assert reason in spec.reason
+
+
+def changes_its_input_later(query, key, am):
+    mask = causal_mask(query, key) & am.bool()[:, None, None, :]
+    am[:, 0] = 1
+    return mask
+
+
+def changes_its_input_before(query, key, am):
+    am.clamp_(min=0)
+    return causal_mask(query, key) & (am > 0)[:, None, None, :]
+
+
+def changes_a_view(query, key, am):
+    flags = am.bool()
+    flags[:1, 2:].view(torch.uint8).zero_()
+    return causal_mask(query, key) & flags[:, None, None, :]
+
+
+def changes_the_mask(query, key, am):
+    mask = causal_mask(query, key).clone()
+    mask[:, 0] = True
+    return mask
+
+
+def changes_by_operator(query, key, am):
+    mask = causal_mask(query, key)
+    mask |= am.bool()[:, None, None, :].expand_as(mask)
+    return mask
+
+
+def causal_mask(query, key):
+    offset = key.shape[2] - query.shape[2]
+    mask = torch.arange(key.shape[2]) <= torch.arange(query.shape[2])[:, None] + offset
+    return mask.expand(query.shape[0], 1, -1, -1)
+
+
+@pytest.mark.parametrize("program", [changes_a_view, changes_the_mask, changes_by_operator])
+def test_tensors_changed_in_place_are_opaque(program):
+    inputs = {name: make_inputs(Sizes(2, 5, 8), 0, torch.int64)[name] for name in ("query", "key", "am")}
+    spec = record(program, inputs, dynamic=False).read()
+    assert isinstance(spec, OpaqueMask) and spec.reason.endswith("is changed in place")
+
+
+@pytest.mark.parametrize("program", [changes_its_input_later, changes_its_input_before])
+def test_what_was_computed_before_or_after_a_change_is_read(program):
+    """Not from the changed tensor: from what the graph computed of it at that time."""
+    inputs = {name: make_inputs(Sizes(2, 5, 8), 0, torch.int64)[name] for name in ("query", "key", "am")}
+    real = real_mask(program, inputs | {"am": inputs["am"].clone()})
+    captured = record(program, inputs, dynamic=False)
+    spec = captured.read()
+    assert confirm_mask(captured.mask, spec) is None
+    assert torch.equal(rewritten_mask(captured, spec, inputs)[:, None], real)
 
 
 def test_integers_are_no_conditions():
