@@ -149,51 +149,59 @@ def default_inner() -> str:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    logits: torch.Tensor  # [1, vocabulary]
-    tokens: torch.Tensor  # [1, NEW_TOKENS]
+class _Answer:
+    logits: torch.Tensor  # [1, vocabulary], of the first new token
+    tokens: torch.Tensor  # [1, new tokens]
 
 
 @torch.no_grad()
 def _measure(
-    model: Any, setting: Setting, inputs: dict[str, torch.Tensor], dense: _Reference | None, step: Step
-) -> tuple[Run, _Reference]:
+    model: Any, setting: Setting, inputs: dict[str, torch.Tensor], dense: _Answer | None, step: Step
+) -> tuple[Run, _Answer]:
     """One setting's run, and the reference that all are compared with: the first one's own results."""
     torch.compiler.reset()
     if setting.options is not None:
         mmcompile.compile(model, **setting.options)
     step(f"{setting.name}: first prefill")
-    first_call, _ = _timed(lambda: model(**inputs, logits_to_keep=1).logits[:, -1])
+    first_call, _ = _timed(lambda: _generate(model, inputs, 1))
     step(f"{setting.name}: prefill")
-    prefill, logits = _timed(lambda: model(**inputs, logits_to_keep=1).logits[:, -1])
+    prefill, _ = _timed(lambda: _generate(model, inputs, 1))
     densities = [site.density for site in mmcompile.stats(model)]
     step(f"{setting.name}: generate")
-    generate, tokens = _timed(lambda: _generate(model, inputs))
-    dense = dense or _Reference(logits, tokens)
-    same = int((tokens == dense.tokens).int().cumprod(-1).sum())
+    generate, answer = _timed(lambda: _generate(model, inputs, NEW_TOKENS))
+    dense = dense or answer
+    same = int((answer.tokens == dense.tokens).int().cumprod(-1).sum())
     run = Run(
         name=setting.name,
         first_call=first_call,
         prefill=prefill,
         generate=generate,
         density=sum(densities) / len(densities) if densities else 1.0,
-        logit_difference=float((logits - dense.logits).abs().max()),
+        logit_difference=float((answer.logits - dense.logits).abs().max()),
         same_tokens=same,
     )
     return run, dense
 
 
-def _generate(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
-    return answer[:, -NEW_TOKENS:]
+def _generate(model: Any, inputs: dict[str, torch.Tensor], count: int) -> _Answer:
+    """Prefill and `count` tokens, as a user has them: `generate` runs the vision tower, then the model."""
+    output = model.generate(
+        **inputs,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return _Answer(output.logits[0], output.sequences[:, -count:])
 
 
-def _timed(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+def _timed(call: Callable[[], _Answer]) -> tuple[float, _Answer]:
     begin = time.perf_counter()
-    result = call()
-    if result.is_cuda:
+    answer = call()
+    if answer.logits.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, result
+    return time.perf_counter() - begin, answer
 
 
 def _video_path(video: Path | None) -> Path:

@@ -48,8 +48,9 @@ def runs_table(demo: Demo) -> Table:
             "" if dense else f"{run.same_tokens} of {NEW_TOKENS}",
         )
     table.caption = (
-        "First call: with compilation. Generate: prefill and tokens. Density: computed tiles, of those that "
-        "the causal mask leaves. The weights are random: the last row shows that sparse runs, not how well."
+        "First call: a prefill with compilation. Prefill: vision tower, decoder, one token. Generate: prefill and "
+        f"{NEW_TOKENS} tokens. Density: computed tiles, of those that the causal mask leaves. The weights are random: "
+        "the last row shows that sparse runs, not how well."
     )
     return table
 
