@@ -24,7 +24,7 @@ TEXT = 64  # tokens of text before and after the video
 
 
 def repeated_attention(module, query, key, value, attention_mask, scaling, **_unused):
-    """Causal attention with KV heads repeated: cuDNN's kernel takes no grouped heads from torch."""
+    """Causal attention with KV heads repeated: held to one backend, torch refuses grouped heads."""
     groups = module.num_key_value_groups
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
@@ -117,7 +117,7 @@ def measure(tokens: int, model: torch.nn.Module, pattern: HeadPattern, repeats: 
     arguments = inputs(tokens)
     for name, run in contenders(model, pattern).items():
         torch.compiler.reset()
-        model.config._attn_implementation = "repeated" if "cuDNN" in name else "sdpa"
+        model.config._attn_implementation = "sdpa" if name == "mminference" else "repeated"
 
         def call(run=run):
             return run(**arguments, use_cache=True).last_hidden_state[:, -1]
@@ -163,7 +163,7 @@ def main() -> None:
     )
     for tokens in track([int(tokens) for tokens in arguments.tokens.split(",")], "prefill"):
         figure.rows += measure(tokens, model, pattern, arguments.repeats)
-    figure.save(arguments.out)
+        figure.save(arguments.out)
 
 
 if __name__ == "__main__":
