@@ -7,8 +7,10 @@ import torch
 
 from mmcompile.passes.emit_mask import emit_mask
 from mmcompile.passes.emit_sizes import UnknownSize, check_size, emit_size
-from mmcompile.passes.graph import expression, fake_value
+from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.graph import copy_graph, expression, fake_value, size_argument
 from mmcompile.passes.mask_spec import OpaqueMask
+from mmcompile.passes.read_mask import read_mask
 from tests.passes.captured_masks import (
     DIM,
     combine,
@@ -20,6 +22,7 @@ from tests.passes.captured_masks import (
     trace_aten,
 )
 from tests.passes.mask_grammar import MaskProgram, Sizes, make_inputs, program_source
+from tests.passes.test_read_mask import DESCRIBED, transformer_inputs
 
 SIZES = Sizes(2, 5, 8)
 
@@ -146,3 +149,36 @@ def test_rows_stand_where_the_graph_inserts():
     assert added and all(captured.mask < node < last for node in added)
     assert DIM not in {size for node in added for size in fake_value(node).shape}
     graph.lint()
+
+
+@pytest.mark.parametrize("function", DESCRIBED, ids=lambda function: function.__name__)
+def test_rows_of_transformers_masks(function):
+    """The mask as Dynamo's graph computes it, and as the rows beside it in the same graph make it."""
+    calls = []
+
+    def backend(module, example_inputs):
+        copy = copy_graph(module)
+        (site,) = find_attention(copy)
+        spec = read_mask(site.mask, site.query_length, site.key_length)
+        (output,) = copy.graph.find_nodes(op="output")
+        with copy.graph.inserting_before(site.node):
+            sizes = [size_argument(copy.graph, site.query, 0), *(size_argument(copy.graph, site.query, 2),) * 2]
+            rows = emit_mask(copy.graph, spec, *sizes)
+        output.args = (
+            (site.mask, rows.key_valid, rows.query_segment, rows.key_segment, rows.query_span, rows.key_span),
+        )
+        copy.recompile()
+        calls.append((copy, spec))
+        return module.forward
+
+    x, padding, ids, positions = transformer_inputs(9)
+    padding[0, :3] = 0
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2]).expand(2, -1)
+    with torch.no_grad():
+        torch.compile(function, backend=backend, dynamic=False)(x, padding, ids, positions)
+    module, spec = calls[0]
+    known = {"x": x, "padding": padding, "ids": ids, "positions": positions}
+    arguments = [known[str(node.target)[2:-1]] for node in module.graph.find_nodes(op="placeholder")]
+    mask, *rows = module(*arguments)
+    inputs = {"query": x[:, None], "key": x[:, None]}
+    assert torch.equal(mask, combine((*rows, 0), spec, inputs)[:, None])
