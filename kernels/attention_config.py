@@ -67,13 +67,12 @@ def takes_descriptors(tensor: Tensor) -> bool:
 
 @lru_cache
 def _large_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda":  # the interpreter
         return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= LARGE_SHARED_MEMORY
+    limit = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return limit >= LARGE_SHARED_MEMORY
 
 
 @lru_cache
 def _has_bulk_copies(device: torch.device) -> bool:
-    return (
-        device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -148,9 +148,7 @@ def _attention_kernel(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
     inside = (row < query_length)[:, None] & (column < D)[None, :]
-    q = tl.load(
-        query + row.to(tl.int64)[:, None] * query_row_stride + column[None, :], mask=inside, other=0.0
-    )
+    q = tl.load(query + row.to(tl.int64)[:, None] * query_row_stride + column[None, :], mask=inside, other=0.0)
     # A row past the end sees nothing: no key lies at or before position -1.
     q_position = tl.load(query_tags + row, mask=row < query_length, other=-1)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -160,25 +158,19 @@ def _attention_kernel(
     SPLIT: tl.constexpr = TILE // BLOCK_N
     for step in range(full * SPLIT):
         start = tl.load(tiles + step // SPLIT) * TILE + step % SPLIT * BLOCK_N
-        k = _load_tile(
-            key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True
-        )
+        k = _load_tile(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
         weights = tl.math.exp2(tl.math.fma(scores, scale_log2, -new_maximum[:, None]))
         decay = tl.math.exp2(maximum - new_maximum)
         total = total * decay + tl.sum(weights, 1)
-        v = _load_tile(
-            value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True
-        )
+        v = _load_tile(value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True)
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
         maximum = new_maximum
 
     for step in range(partial * SPLIT):
         start = tl.load(tiles + (key_tiles - 1 - step // SPLIT)) * TILE + step % SPLIT * BLOCK_N
-        k = _load_tile(
-            key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False
-        )
+        k = _load_tile(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         slot = start + tl.arange(0, BLOCK_N)
         allowed = _allowed(
@@ -201,9 +193,7 @@ def _attention_kernel(
         weights = tl.math.exp2(scores - shift[:, None])
         decay = tl.math.exp2(maximum - shift)
         total = total * decay + tl.sum(weights, 1)
-        v = _load_tile(
-            value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False
-        )
+        v = _load_tile(value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False)
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
         maximum = new_maximum
 
@@ -268,6 +258,8 @@ def launch(
             SPANS=walk.spans,
             num_warps=config.warps,
             num_stages=config.stages,
+            # Named, because Triton 3.10 changes the default and 3.9 warns of it.
+            enable_fp_fusion=True,
         )
     return output.transpose(1, 2)
 
@@ -275,7 +267,5 @@ def launch(
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """[B, C, S, D] for the bulk copy engine, which minds the stride even of a dimension of size 1."""
     row = triton.cdiv(tensor.shape[3], 16) * 16
-    strides = [
-        row if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
+    strides = [row if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], block)

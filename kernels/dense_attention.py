@@ -17,9 +17,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, s
     for plan in sorted(set(walk.head_plan)):
         chosen = tuple(head for head in range(heads) if walk.head_plan[head] == plan)
         copies = tuple(walk.key_head[head] for head in chosen)
-        allowed = walk.allowed(walk.query_tags[:, plan], walk.key_tags[:, plan]).unsqueeze(
-            1
-        )  # [B, 1, Sq, Sk]
+        allowed = walk.allowed(walk.query_tags[:, plan], walk.key_tags[:, plan]).unsqueeze(1)  # [B, 1, Sq, Sk]
         part = scaled_dot_product_attention(
             _heads(query, chosen), _heads(key, copies), _heads(value, copies), attn_mask=allowed, scale=scale
         )

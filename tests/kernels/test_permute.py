@@ -14,9 +14,7 @@ from tests.kernels.plan_cases import plan_cases
 
 OPS = torch.ops.mminference
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-sizes = st.tuples(
-    st.integers(1, 2), st.integers(1, 3), st.integers(1, 150), st.sampled_from([1, 16, 80, 128])
-)
+sizes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 150), st.sampled_from([1, 16, 80, 128]))
 
 
 def orders(batch: int, rows: int, length: int) -> Tensor:

@@ -98,9 +98,7 @@ class WalkCase:
 
 
 # One case for each part of an element mask, with rows of two plans and tails in queries and keys.
-_BASE = WalkCase(
-    batch=2, query_length=140, key_length=260, query_offset=120, plans=2, heads=2, copies=2, density=0.8
-)
+_BASE = WalkCase(batch=2, query_length=140, key_length=260, query_offset=120, plans=2, heads=2, copies=2, density=0.8)
 MASKS = {
     "causal": _BASE,
     "permuted": replace(_BASE, permuted=True),
@@ -110,15 +108,11 @@ MASKS = {
     "left padding": replace(_BASE, padding="left"),
     "holes": replace(_BASE, padding="holes", permuted=True),
     "no key": replace(_BASE, padding="empty"),
-    "everything": replace(
-        _BASE, window=150, segments=True, spans=True, padding="right", permuted=True, density=1.0
-    ),
+    "everything": replace(_BASE, window=150, segments=True, spans=True, padding="right", permuted=True, density=1.0),
 }
 
 
-def tile_lists(
-    query_tags: Tensor, key_tags: Tensor, window: int | None, density: float
-) -> tuple[Tensor, Tensor]:
+def tile_lists(query_tags: Tensor, key_tags: Tensor, window: int | None, density: float) -> tuple[Tensor, Tensor]:
     """Counts and tiles of a random part of the tiles with an allowed element, in random order."""
     allowed = reference.element_mask(query_tags, key_tags, window)
     batch, plans, queries, keys = allowed.shape
