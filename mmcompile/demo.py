@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import mmcompile
+from mmcompile.errors import OptionError
 from mmcompile.huggingface import example_inputs, load_model
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.report import Report
@@ -107,10 +108,14 @@ def run(video: Path | None, *, frames: int, tokens: int, inner: str | None, step
         step: called with the name of each of `step_count()` steps as it begins.
 
     Raises:
-        VideoError: the video cannot be read. ModelError: it does not fit in `tokens`.
+        VideoError: the video cannot be read.
+        ModelError: it does not fit in `tokens`.
+        OptionError: there is no backend `inner`.
     """
     path = _video_path(video)
     inner = inner or default_inner()
+    if inner not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise OptionError(f"inner={inner!r}: must be a backend of torch.compile: {', '.join(known)}")
     dense, *compiled = settings(inner)
     with tempfile.TemporaryDirectory() as folder:
         step(f"decode {path.name}")

@@ -58,6 +58,8 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ModelError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
     target = _device(device)
+    if not Path(path).exists() and str(path).startswith(("/", ".", "~")):
+        raise ModelError(f"{path}: no such folder; give one made by save_pretrained, or a name on a model hub")
     try:
         config = AutoConfig.from_pretrained(path)
         auto = AutoModelForImageTextToText if type(config) in VISION_LANGUAGE else AutoModelForCausalLM

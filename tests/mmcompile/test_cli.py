@@ -82,6 +82,14 @@ def test_explain_of_nothing(fail, tmp_path):
     assert "cannot load a model" in fail("explain", "--model", str(tmp_path))
 
 
+def test_explain_of_a_folder_that_is_not_there(fail, tmp_path):
+    assert "no such folder" in fail("explain", "--model", str(tmp_path / "gone"))
+
+
+def test_demo_with_an_unknown_inner_backend(fail):
+    assert "inner='inducktor'" in fail("demo", "--inner", "inducktor")
+
+
 def test_demo_of_a_video_that_is_not_there(fail):
     assert "nowhere.mp4: no such file" in fail("demo", "--video", "nowhere.mp4")
 
