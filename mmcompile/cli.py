@@ -72,6 +72,11 @@ def demo(
         result = shown.run(video, frames=frames, tokens=tokens_max, inner=inner, step=step)
     out.print(decisions_table(result.report))
     out.print(runs_table(result))
+    if inner is None and result.inner != "inductor":
+        out.print(
+            "No C++ compiler with Python's headers was found, so the graphs ran as they are. With g++ and "
+            "python3-dev installed, Inductor compiles them, as it does in real use."
+        )
     if json_path is not None:
         _write(json_path, json.dumps(result.to_dict(), indent=2))
     if not result.exact:

@@ -25,7 +25,7 @@ def decisions_table(report: Report) -> Table:
 
 def runs_table(demo: Demo) -> Table:
     """Agreement, density and time, one row a setting."""
-    table = Table(title=f"A prompt of {demo.tokens} tokens ({demo.frames} frames), {demo.device}")
+    table = Table(title=f"A prompt of {demo.tokens} tokens ({demo.frames} frames), {demo.device}, inner={demo.inner}")
     table.add_column("run")
     for column in (
         "first\ncall s",

@@ -90,6 +90,13 @@ def test_demo_with_an_unknown_inner_backend(fail):
     assert "inner='inducktor'" in fail("demo", "--inner", "inducktor")
 
 
+def test_without_a_compiler_the_graphs_run_as_they_are(monkeypatch):
+    assert demo_module.default_inner() in ("inductor", "eager")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert demo_module.default_inner() == "eager"
+
+
 def test_demo_of_a_video_that_is_not_there(fail):
     assert "nowhere.mp4: no such file" in fail("demo", "--video", "nowhere.mp4")
 
