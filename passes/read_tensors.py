@@ -51,7 +51,6 @@ class TensorReader:
         self.mutated = mutated_nodes(graph)
         self._inside_vmap = _nodes_inside_vmap(graph)
         self._read: dict[tuple[fx.Node, Index], Value | Unreadable] = {}
-        self._wide: dict[fx.Node, bool] = {}
 
     def element(self, node: fx.Node, index: Sequence[sympy.Expr]) -> Value:
         """The value of `node[index]`, index within bounds; Unreadable says what is not understood."""
@@ -120,9 +119,10 @@ class TensorReader:
         return False
 
     def _is_wide(self, shape: Shape) -> bool:
-        sides = (self.query_length, self.key_length)
-        ends = shape[-2:]
-        return len(shape) > 1 and 1 not in sides and (ends == sides or ends == sides[::-1])
+        sides = self.query_length, self.key_length
+        if 1 in sides:
+            return False
+        return shape.count(sides[0]) > 1 if sides[0] == sides[1] else set(sides) <= set(shape)
 
     def shape(self, node: fx.Node) -> Shape:
         """The dimensions of the node's tensor as expressions."""

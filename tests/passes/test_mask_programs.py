@@ -46,7 +46,7 @@ def check(seed: int, capture: Callable[..., Captured] | None = None) -> tuple[st
     """Read program number `seed` and hold it against its own output; (kind, outcome), None where it does not run."""
     choose = random.Random(seed)
     program = write_program(choose)
-    padding, dynamic, sizes = choose.choice(PADDING), choose.random() < 0.3, choose_sizes(choose)
+    padding, dynamic, sizes = choose.choice(PADDING), choose.random() < 0.25, choose_sizes(choose)
     inputs = [make_inputs(size, seed + offset, padding) for offset, size in enumerate(sizes)]
     if not dynamic:
         inputs[1:] = [make_inputs(sizes[0], seed + offset, padding) for offset in (1, 2)]

@@ -155,14 +155,14 @@ def test_vmap_under_export_is_opaque():
 
 
 def test_the_text_model_of_qwen2_5_vl_at_its_first_and_later_lengths():
-    model = tiny_qwen2_5_vl().model.language_model
+    model = tiny_qwen2_5_vl(layers=1).model.language_model
     calls = []
-    for length in (40, 48, 56):
+    for length in (40, 48):
         embeddings = torch.randn(1, length, model.config.hidden_size)
         padding = (torch.arange(length) > 2).long()[None]
         calls.append((None, padding, torch.arange(length).expand(3, 1, length), None, embeddings))
     graphs = graphs_of(model, *calls)
-    assert [read_sites(graph) for graph in graphs] == [["causal+padding"] * 2] * 2  # static, then dynamic
+    assert [read_sites(graph) for graph in graphs] == [["causal+padding"]] * 2  # static, then dynamic
 
 
 def test_a_prefix_in_the_cache_is_the_offset():
