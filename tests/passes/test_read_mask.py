@@ -340,6 +340,26 @@ def test_integers_are_no_conditions():
         assert spec.describe() == "causal+padding (offset 3)"  # by the tensor that the graph makes of it
 
 
+@pytest.mark.parametrize(
+    "count_sequences",
+    [
+        "p = (torch.diff(pos, prepend=pos[:, :1] - 1, dim=-1) != 2).cumsum(-1)",
+        "p = (torch.diff(ids, prepend=ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)",
+        "p = (torch.diff(pos, prepend=pos[:, :1] - 1, dim=-1) == 1).cumsum(-1)",
+        "p = (torch.diff(pos, prepend=pos[:, :1] - 1, dim=-1) != 1).cumsum(0)",
+        "p = (torch.diff(pos, prepend=pos[:1] - 1, dim=0) != 1).cumsum(-1)",
+        "p = (torch.diff(pos, append=pos[:, :1], dim=-1) != 1).cumsum(-1)",
+        "p = (torch.diff(pos, prepend=pos[:, :2], dim=-1)[:, 1:] != 1).cumsum(-1)",
+        "p = (torch.diff(pos.int(), prepend=pos[:, :1].int() - 1, dim=-1) != 1).cumsum(-1)",
+        "p = (pos == 0).cumsum(-1)",
+    ],
+)
+def test_positions_compare_tokens_only_in_sequences_counted_from_them(count_sequences):
+    mask = "(p[b, q] == p[b, k]) & (pos[b, k] <= pos[b, q])"
+    spec = read_program(mask, count_sequences=count_sequences)
+    assert spec.reason.startswith("a data-dependent bound between query and key")
+
+
 def test_offsets_of_symbolic_sizes():
     spec = read_program("k <= q", dynamic=True)
     assert spec.offset == spec.key_length - spec.query_length
