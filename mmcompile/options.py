@@ -25,7 +25,8 @@ class Options:
         every head, a `PatternTable`, or the path of a saved table.
     density: cap on the computed tiles, as a fraction of the causal ones, in (0, 1]. 1.0 computes every
         tile, which is dense attention; None leaves it to the patterns.
-    min_tokens: prefills with fewer keys run dense.
+    min_tokens: prefills with fewer keys run dense. On an H200 "auto" is no faster at 8192 tokens, where it computes
+        three quarters of the tiles.
     strict: raise `UnsupportedSitesError` where an attention had to stay dense.
     inner: the backend that compiles the rewritten graph: "inductor", "aot_eager", "eager", or any other
         registered name.
@@ -34,7 +35,7 @@ class Options:
 
     patterns: str | HeadPattern | PatternTable = "auto"
     density: float | None = None
-    min_tokens: int = 8192
+    min_tokens: int = 16384
     strict: bool = False
     inner: str = "inductor"
     disable: tuple[str, ...] = ()
