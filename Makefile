@@ -39,10 +39,12 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 # mypy and import-linter walk folders, so they need the three floors laid out as one package.
-$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py passes/*.py kernels/*.py) pyproject.toml
+# The folders themselves are named too: a file that is taken away must go from there as well.
+$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py passes/*.py kernels/*.py) mmcompile passes kernels pyproject.toml
 	@rm -rf build $@
 	@$(PY) -m pip install -q --no-deps --no-build-isolation --target $@ .
 	@rm -rf build
+	@touch $@
 
 types: $(VENV)/flat
 	cd $(VENV)/flat && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
