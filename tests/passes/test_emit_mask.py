@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmcompile.passes.confirm_mask import confirm_mask
 from mmcompile.passes.emit_mask import emit_mask
 from mmcompile.passes.emit_sizes import UnknownSize, check_size, emit_size
 from mmcompile.passes.find_attention import find_attention
@@ -22,7 +23,7 @@ from tests.passes.captured_masks import (
     trace_aten,
 )
 from tests.passes.mask_grammar import MaskProgram, Sizes, make_inputs, program_source
-from tests.passes.test_read_mask import DESCRIBED, transformer_inputs
+from tests.passes.test_transformers_masks import DESCRIBED, transformer_inputs
 
 SIZES = Sizes(2, 5, 8)
 
@@ -160,6 +161,7 @@ def test_rows_of_transformers_masks(function):
         copy = copy_graph(module)
         (site,) = find_attention(copy)
         spec = read_mask(site.mask, site.query_length, site.key_length)
+        assert spec.describe() == DESCRIBED[function] and confirm_mask(site.mask, spec) is None
         (output,) = copy.graph.find_nodes(op="output")
         with copy.graph.inserting_before(site.node):
             sizes = [size_argument(copy.graph, site.query, 0), *(size_argument(copy.graph, site.query, 2),) * 2]
