@@ -142,7 +142,9 @@ def mask_of(walk: TileWalk) -> Tensor:
 def assert_as_exact_as_torch(output: Tensor, inputs: list[Tensor], mask: Tensor, walk: TileWalk) -> None:
     """Error against float64 at most 1.5 times that of torch's attention with the same mask and dtype.
 
-    Both errors are relative to the whole output. Below half an ulp the ratio of two errors says nothing.
+    Both errors are relative to the whole output. In a small output each is a few lucky or unlucky roundings, so
+    the bound has a floor: a quarter of an ulp in half precision, and in float32, where torch's exponentials on the
+    CPU are good to some ulps only, four. Tests of large outputs compare without it.
     """
     query, key, value = inputs
     copies = list(walk.key_head)
@@ -152,7 +154,8 @@ def assert_as_exact_as_torch(output: Tensor, inputs: list[Tensor], mask: Tensor,
     assert output.dtype == query.dtype and output.shape == query.shape
     size = exact.norm().clamp(min=1e-30)
     ours, theirs = ((x.double() - exact).norm() / size for x in (output, torch_output))
-    assert ours <= 1.5 * theirs + torch.finfo(query.dtype).eps / 2, f"ours {ours:.3g}, torch's {theirs:.3g}"
+    floor = torch.finfo(query.dtype).eps * (4 if query.dtype == torch.float32 else 0.25)
+    assert ours <= 1.5 * theirs + floor, f"ours {ours:.3g}, torch's {theirs:.3g}"
 
 
 lengths = st.one_of(st.integers(1, 400), st.sampled_from([1, 127, 128, 129, 255, 256, 257, 384]))
