@@ -8,10 +8,11 @@ and the local band with the tokens; in a 2D-Boundary order they count within eac
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from mmcompile.kernels.orders import MODALITIES
 from mmcompile.kernels.patterns import MAX_TOKENS, TILE
 from mmcompile.kernels.tags import INVALID
-from torch import Tensor
 
 BEYOND = 2**63 - 1  # sorts after every key
 
@@ -79,9 +80,7 @@ class AShape:
     Sk] when the pattern holds within each key modality, else None. key_slot: int32 [B, Sk], position -> slot.
     """
 
-    def __init__(
-        self, query_tags: Tensor, key_tags: Tensor, modality: Tensor | None, key_slot: Tensor
-    ) -> None:
+    def __init__(self, query_tags: Tensor, key_tags: Tensor, modality: Tensor | None, key_slot: Tensor) -> None:
         self.query_position = query_tags[:, 0].contiguous()
         self.segment = query_tags[:, 1]
         self.key_slot = key_slot
@@ -122,9 +121,7 @@ class AShape:
         """
         before = self.before
         if window is not None:
-            before = before & (
-                self.keys.position(self.end - 1) > self.query_position - min(window, MAX_TOKENS)
-            )
+            before = before & (self.keys.position(self.end - 1) > self.query_position - min(window, MAX_TOKENS))
         rank = self.end - before.long()
         group_end = self.keys.rank_after(self.segment, 0, self.keys.length)
         return self._run(self.keys, rank, torch.minimum(rank + 1, group_end))

@@ -70,13 +70,9 @@ class HeadPattern:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                raise ValueError(
-                    f"unknown head pattern field {name!r}{_nearest(name, known)}; fields: {known}"
-                )
+                raise ValueError(f"unknown head pattern field {name!r}{_nearest(name, known)}; fields: {known}")
         if "kind" not in values:
-            raise ValueError(
-                f"head pattern field 'kind' is missing in {dict(values)!r}; one of {list(KINDS)}"
-            )
+            raise ValueError(f"head pattern field 'kind' is missing in {dict(values)!r}; one of {list(KINDS)}")
         return cls(**values)
 
 
@@ -124,7 +120,5 @@ def _require_tokens(name: str, value: object) -> None:
 
 
 def _nearest(value: object, choices: Sequence[str]) -> str:
-    matches = (
-        difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5) if isinstance(value, str) else []
-    )
+    matches = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5) if isinstance(value, str) else []
     return f", did you mean {matches[0]!r}" if matches else ""

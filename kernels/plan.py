@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import SymInt, Tensor
+
 from mmcompile.kernels.a_shape import AShape, Intervals
 from mmcompile.kernels.orders import key_modality, modality_order, raster_order, slots, token_modality
 from mmcompile.kernels.patterns import HeadPattern, decode
 from mmcompile.kernels.tags import in_slots, key_tags, query_tags
 from mmcompile.kernels.tile_bounds import TileBounds, row_chunks, tile_count
 from mmcompile.kernels.tile_list import TileChoice, choose, compact, distance_cut
-from torch import SymInt, Tensor
 
 
 class TilePlan(NamedTuple):
@@ -115,9 +116,7 @@ def plan(
     for row, pattern in enumerate(heads):
         one = TilePlan(*(part[:, row] for part in result))
         _arrange(one, pattern, tags, (of_query, of_key))
-        bounds = TileBounds.of(
-            one.query_tags, one.key_tags, window, query_segment is not None, query_span is not None
-        )
+        bounds = TileBounds.of(one.query_tags, one.key_tags, window, query_segment is not None, query_span is not None)
         choice = _choice(one, pattern, bounds, tags[1], of_key, density)
         _list_tiles(one, choice, density)
     return result
@@ -145,9 +144,7 @@ def density(plan: TilePlan, window: int | None = None, min_tokens: int = 0) -> T
     return (listed.double() / non_empty.clamp(min=1)).float()
 
 
-def _arrange(
-    one: TilePlan, pattern: HeadPattern, tags: Sequence[Tensor], modalities: Sequence[Tensor]
-) -> None:
+def _arrange(one: TilePlan, pattern: HeadPattern, tags: Sequence[Tensor], modalities: Sequence[Tensor]) -> None:
     """Writes the pattern's orders, and the tags in them."""
     orders = (pattern.query_order, pattern.key_order)
     parts = ((one.query_order, one.query_tags), (one.key_order, one.key_tags))
@@ -200,9 +197,7 @@ def _without_tiles(result: TilePlan, query_tags: Tensor, key_tags: Tensor) -> Ti
     return result
 
 
-def _require(
-    batch: int, query_length: int, key_length: int, window: int | None, density: float | None
-) -> None:
+def _require(batch: int, query_length: int, key_length: int, window: int | None, density: float | None) -> None:
     for name, size in (("batch", batch), ("query_length", query_length), ("key_length", key_length)):
         if size < 1:
             raise ValueError(f"{name}={size} has nothing to attend; at least 1")
@@ -215,6 +210,4 @@ def _require(
 def _require_pair(name: str, of_query: Tensor | None, of_key: Tensor | None) -> None:
     if (of_query is None) != (of_key is None):
         missing = f"query_{name}" if of_query is None else f"key_{name}"
-        raise ValueError(
-            f"{missing}=None while its pair is given; pass query_{name} and key_{name}, or neither"
-        )
+        raise ValueError(f"{missing}=None while its pair is given; pass query_{name} and key_{name}, or neither")

@@ -6,8 +6,9 @@ Every executor of a plan is compared with this file, so nothing here shares code
 from collections.abc import Sequence
 
 import torch
-from mmcompile.kernels.patterns import TILE
 from torch import Tensor
+
+from mmcompile.kernels.patterns import TILE
 
 
 def selected_tiles(counts: Tensor, tiles: Tensor) -> Tensor:
@@ -42,9 +43,7 @@ def element_mask(query_tags: Tensor, key_tags: Tensor, window: int | None = None
     return allowed
 
 
-def plan_mask(
-    query_tags: Tensor, key_tags: Tensor, counts: Tensor, tiles: Tensor, window: int | None = None
-) -> Tensor:
+def plan_mask(query_tags: Tensor, key_tags: Tensor, counts: Tensor, tiles: Tensor, window: int | None = None) -> Tensor:
     """The mask that an executor of the plan applies: selected tiles and allowed elements, in slot order.
 
     Shapes as in `selected_tiles` and `element_mask`. Returns bool [B, P, Sq, Sk].

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from mmcompile.kernels.patterns import MAX_TOKENS, TILE
 from mmcompile.kernels.tags import INVALID
-from torch import Tensor
 
 LEAST = -(2**31)
 CHUNK = 2**24  # tiles classified at once: a [rows, nK] int64 temporary stays at 128 MiB
@@ -47,9 +48,7 @@ class TagBounds(NamedTuple):
         """tags: int32 [B, 3, Sq] in slot order. The missing rows of a ragged tile count for nothing."""
         position, segment, span = tags.unbind(1)
         last = _greatest(position, LEAST)
-        return cls(
-            _least(position), last, last, _least(segment), _greatest(segment, LEAST), *_span_bounds(span)
-        )
+        return cls(_least(position), last, last, _least(segment), _greatest(segment, LEAST), *_span_bounds(span))
 
     @classmethod
     def of_keys(cls, tags: Tensor) -> "TagBounds":
@@ -80,9 +79,7 @@ def _greatest(values: Tensor, absent: int) -> Tensor:
 
 def _by_tile(values: Tensor, absent: int) -> Tensor:
     missing = tile_count(values.shape[-1]) * TILE - values.shape[-1]
-    return torch.nn.functional.pad(values, (0, missing), value=absent).unflatten(
-        -1, (-1, TILE)
-    )  # [B, n, TILE]
+    return torch.nn.functional.pad(values, (0, missing), value=absent).unflatten(-1, (-1, TILE))  # [B, n, TILE]
 
 
 @dataclass(frozen=True)

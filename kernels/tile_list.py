@@ -1,10 +1,11 @@
 """From chosen tiles to the lists that a kernel walks, and the cap on how many there are."""
 
 import torch
+from torch import Tensor
+
 from mmcompile.kernels.a_shape import Intervals
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import TileBounds
-from torch import Tensor
 
 
 class TileChoice:
@@ -25,9 +26,7 @@ class TileChoice:
         """bool [B, rows, nK]; may hold mandatory and empty tiles."""
         if self.may is None:
             batch, _, key_tiles = self.bounds.shape
-            return self.bounds.query.first.new_ones(
-                batch, rows.stop - rows.start, key_tiles, dtype=torch.bool
-            )
+            return self.bounds.query.first.new_ones(batch, rows.stop - rows.start, key_tiles, dtype=torch.bool)
         chosen = self.may.cover(rows, self.bounds.shape[2])
         if self.reach is not None:
             chosen |= self.bounds.span_match(rows) & (self.bounds.distance(rows) < self.reach)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
+
 from mmcompile.kernels.patterns import BOUNDARIES, KINDS, TILE, HeadPattern, encode
 from mmcompile.kernels.plan import TilePlan, plan
 

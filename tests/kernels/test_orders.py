@@ -1,6 +1,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mmcompile.kernels.orders import (
     MODALITIES,
     key_modality,
@@ -54,9 +55,9 @@ def test_keys_take_the_modality_of_the_query_token_they_belong_to() -> None:
 
 @settings(deadline=None)
 @given(
-    st.lists(
-        st.lists(st.integers(0, MODALITIES - 1), min_size=40, max_size=40), min_size=1, max_size=3
-    ).flatmap(lambda rows: st.integers(1, 40).map(lambda length: [row[:length] for row in rows]))
+    st.lists(st.lists(st.integers(0, MODALITIES - 1), min_size=40, max_size=40), min_size=1, max_size=3).flatmap(
+        lambda rows: st.integers(1, 40).map(lambda length: [row[:length] for row in rows])
+    )
 )
 def test_modality_order_is_a_stable_grouping(rows: list[list[int]]) -> None:
     order = modality_order(torch.tensor(rows, dtype=torch.int32))

@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mmcompile.kernels.patterns import BOUNDARIES, KINDS, MAX_TOKENS, HeadPattern, decode, distinct, encode
 
 tokens = st.integers(1, MAX_TOKENS)
@@ -26,8 +27,7 @@ def test_text_form_brings_back_equal_patterns(patterns: list[HeadPattern]) -> No
 
 def test_text_form_is_fixed_because_graphs_are_compared_by_it() -> None:
     assert (
-        encode([HeadPattern("a_shape")])
-        == '[{"boundary":"none","kind":"a_shape","last":128,"local":4096,"sink":128}]'
+        encode([HeadPattern("a_shape")]) == '[{"boundary":"none","kind":"a_shape","last":128,"local":4096,"sink":128}]'
     )
 
 

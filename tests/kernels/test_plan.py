@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmcompile.kernels import tile_bounds
-from mmcompile.kernels.patterns import TILE, HeadPattern, encode
-from mmcompile.kernels.plan import TilePlan, density, empty_plan, plan, plan_shapes, tile_counts
-from mmcompile.kernels.reference import element_mask, in_positions, plan_mask, selected_tiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmcompile.kernels import tile_bounds
+from mmcompile.kernels.patterns import TILE, HeadPattern, encode
+from mmcompile.kernels.plan import TilePlan, density, empty_plan, plan, plan_shapes, tile_counts
+from mmcompile.kernels.reference import element_mask, in_positions, plan_mask, selected_tiles
 from tests.kernels.plan_cases import PlanCase, by_tile, plan_cases, wholly
 
 few = settings(deadline=None, max_examples=max(10, settings().max_examples * 2 // 5))
@@ -58,9 +58,7 @@ def test_tile_lists_have_full_tiles_in_front_partial_ones_behind_and_nothing_twi
     assert {part.dtype for part in made} == {torch.int32}
     assert all(part.is_contiguous() for part in made)
     key_tiles = made.tiles.shape[-1]
-    for (full, partial), row in zip(
-        made.counts.flatten(0, 2).tolist(), made.tiles.flatten(0, 2).tolist(), strict=True
-    ):
+    for (full, partial), row in zip(made.counts.flatten(0, 2).tolist(), made.tiles.flatten(0, 2).tolist(), strict=True):
         front, back = row[:full], row[key_tiles - partial :]
         assert front == sorted(front) and back == sorted(back, reverse=True)
         assert row[full : key_tiles - partial] == [-1] * (key_tiles - full - partial)
@@ -236,9 +234,7 @@ def test_the_last_queries_are_the_last_valid_ones(padding: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("cap", [None, 0.01])
-def test_a_query_that_only_its_span_lets_see_keeps_its_nearest_key(
-    window: int | None, cap: float | None
-) -> None:
+def test_a_query_that_only_its_span_lets_see_keeps_its_nearest_key(window: int | None, cap: float | None) -> None:
     # Keys 10..699 are not valid, queries from 200 on are of one span: query 200 may see key 700 and, without
     # the window, key 9. Its tile is too far from key 700 for the local distance.
     key = np.arange(800)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.reference import attention, element_mask, in_positions, plan_mask, selected_tiles
 
