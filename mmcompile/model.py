@@ -4,6 +4,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmcompile.modality import bind, bound_boundaries, boundary_tensors_of
@@ -50,7 +51,7 @@ def _is_decode_step(inputs: dict[str, Any]) -> bool:
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs.get("inputs_embeds")
-    return tokens is not None and tokens.shape[1] == 1
+    return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
 
 
 def _as_mapping(options: Options) -> dict[str, Any]:

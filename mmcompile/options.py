@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch._dynamo import list_backends
+
 from mmcompile.errors import OptionError
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.decide import Patterns
@@ -49,8 +51,9 @@ class Options:
             raise OptionError(f"min_tokens={self.min_tokens!r}: must be an integer of at least 0")
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: must be True or False")
-        if not isinstance(self.inner, str) or self.inner == "mminference":
-            raise OptionError(f'inner={self.inner!r}: must name another backend, such as "inductor" or "eager"')
+        others = set(list_backends(exclude_tags=())) - {"mminference"}
+        if self.inner not in others:
+            raise OptionError(f"inner={self.inner!r}: must name another backend: {', '.join(sorted(others))}")
 
     @classmethod
     def parse(cls, options: "Mapping[str, Any] | Options | None") -> "Options":

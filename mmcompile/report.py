@@ -1,5 +1,6 @@
 """What was decided for every attention of a model, without running one: `explain` and its report."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import fx
+from torch.utils._pytree import tree_map
+from transformers import Cache
 
 from mmcompile.options import Options
 from mmcompile.passes.decide import SiteRecord
@@ -83,7 +86,7 @@ def sites_table(sites: Sequence[SiteRecord]) -> Table:
             (f"{len(like)} x " if len(like) > 1 else "") + (first.module_path or "(unnamed)"),
             layers,
             first.phase,
-            f"{first.heads}/{first.kv_heads} x {first.head_dim}",
+            f"{first.heads}/{first.kv_heads} x {first.head_dim}" if first.heads else "?",
             first.query_length
             if first.query_length == first.key_length
             else f"{first.query_length} of {first.key_length}",
@@ -138,10 +141,16 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     torch.compiler.reset()
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024):
+            # The call would go on filling a cache of the caller's, and with attention left out, with nothing.
+            args, kwargs = tree_map(_own_copy, (args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
             torch.compile(model, backend=recorder)(*args, **kwargs)
     finally:
         torch.compiler.reset()
     return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks))
+
+
+def _own_copy(argument: Any) -> Any:
+    return copy.deepcopy(argument) if isinstance(argument, Cache) else argument
 
 
 class _Recorder:
@@ -171,15 +180,15 @@ class _Recorder:
 
 def without_attention(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph in which every attention returns zeros of the right shape."""
-    copy = copy_graph(module)
-    for site in find_attention(copy):
-        with copy.graph.inserting_before(site.node):
-            zeros = copy.graph.call_function(torch.zeros_like, (site.query,))
+    without = copy_graph(module)
+    for site in find_attention(without):
+        with without.graph.inserting_before(site.node):
+            zeros = without.graph.call_function(torch.zeros_like, (site.query,))
         zeros.meta = dict(site.node.meta)
         site.node.replace_all_uses_with(zeros)
-        copy.graph.erase_node(site.node)
-    copy.recompile()
-    return copy
+        without.graph.erase_node(site.node)
+    without.recompile()
+    return without
 
 
 def _describe_break(reason: Any) -> str:

@@ -22,6 +22,9 @@ class PatternTable:
         if not self.layers or not self.layers[0]:
             raise ValueError("a pattern table needs at least one layer and one head")
         for index, heads in enumerate(self.layers):
+            for pattern in heads:
+                if not isinstance(pattern, HeadPattern):
+                    raise ValueError(f"layer {index} holds {pattern!r}; must be a HeadPattern for every head")
             if len(heads) != len(self.layers[0]):
                 raise ValueError(
                     f"layer {index} has {len(heads)} heads, layer 0 has {len(self.layers[0])}; all must agree"

@@ -10,8 +10,8 @@ import torch
 
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.confirm_mask import confirm_mask
-from mmcompile.passes.find_attention import AttentionSite
-from mmcompile.passes.graph import Size, expression, fake_value, same_size, size_key
+from mmcompile.passes.find_attention import AttentionSite, UnreadAttention
+from mmcompile.passes.graph import Size, expression, fake_value, has_merged_heads, is_contiguous, same_size, size_key
 from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
 from mmcompile.passes.read_mask import read_mask
 
@@ -33,6 +33,7 @@ class Reason(StrEnum):
     GRADIENT = "gradient needed"
     UNKNOWN_LAYER = "unknown layer"
     UNSUPPORTED = "unsupported tensors"
+    UNREAD = "unread form"
 
     @property
     def is_refusal(self) -> bool:
@@ -44,7 +45,8 @@ class Reason(StrEnum):
 class SiteRecord:
     """What was decided for one attention site, as data: `explain`, strict mode and the log are views of it.
 
-    Lengths are numbers where the graph is compiled for one length, else the name of the symbol.
+    Lengths are numbers where the graph is compiled for one length, else the name of the symbol. Heads and head dim are
+    0 where they are not known.
     """
 
     module_path: str
@@ -86,11 +88,31 @@ def decide(sites: Sequence[AttentionSite], patterns: Patterns, min_tokens: int) 
     """One decision a site. A mask that several sites share is read once."""
     masks: dict[Any, MaskSpec | OpaqueMask] = {}
     layers = _trusted_layers(sites, patterns)
-    return [_decide_site(site, patterns, min_tokens, masks, layers) for site in sites]
+    return [_decide_site(site, sites, patterns, min_tokens, masks, layers) for site in sites]
+
+
+def record_unread(attention: UnreadAttention) -> SiteRecord:
+    """The record of an attention that is no site: it stays as it is, and no shape of it is known."""
+    return SiteRecord(
+        module_path=attention.module_path,
+        layer=None,
+        phase="unknown",
+        query_length="?",
+        key_length="?",
+        heads=0,
+        kv_heads=0,
+        head_dim=0,
+        mask="not read",
+        sparse=False,
+        reason=Reason.UNREAD,
+        detail=attention.why,
+        patterns=(),
+    )
 
 
 def _decide_site(
     site: AttentionSite,
+    sites: Sequence[AttentionSite],
     patterns: Patterns,
     min_tokens: int,
     masks: dict[Any, MaskSpec | OpaqueMask],
@@ -99,6 +121,8 @@ def _decide_site(
     mask: MaskSpec | OpaqueMask | None = None
     try:
         _require_supported(site)
+        _require_device(site, sites)
+        _require_layout(site)
         if _is(site.query_length, 1):
             raise _Refusal(Reason.DECODE, "one query token")
         mask = _site_mask(site, masks)
@@ -127,7 +151,12 @@ def _require_supported(site: AttentionSite) -> None:
         raise _Refusal(Reason.UNSUPPORTED, f"dtypes {query.dtype}, {key.dtype}, {value.dtype}")
     if not (query.device == key.device == value.device) or query.device.type not in ("cpu", "cuda"):
         raise _Refusal(Reason.UNSUPPORTED, f"devices {query.device}, {key.device}, {value.device}")
-    if not (_is(query.shape[3], int(key.shape[3])) and _is(key.shape[3], int(value.shape[3]))):
+    for operand in operands:
+        if isinstance(operand.shape[1], torch.SymInt) or isinstance(operand.shape[3], torch.SymInt):
+            raise _Refusal(Reason.UNSUPPORTED, "symbolic heads or head dim; only batch and length may be dynamic")
+        if 0 in (size for size in operand.shape if isinstance(size, int)):
+            raise _Refusal(Reason.UNSUPPORTED, f"empty tensor {list(operand.shape)}")
+    if not query.shape[3] == key.shape[3] == value.shape[3]:
         raise _Refusal(Reason.UNSUPPORTED, "query, key and value differ in head dim")
     if site.scale is not None and not site.scale > 0:
         raise _Refusal(Reason.UNSUPPORTED, f"scale={site.scale}, must be above 0")
@@ -139,6 +168,20 @@ def _require_supported(site: AttentionSite) -> None:
         raise _Refusal(Reason.UNSUPPORTED, f"{query.shape[1]}, {key.shape[1]}, {value.shape[1]} heads")
     if not same_size(key.shape[2], value.shape[2]):
         raise _Refusal(Reason.UNSUPPORTED, "key and value differ in length")
+
+
+def _require_layout(site: AttentionSite) -> None:
+    # Users were traced with these strides, and views of the output hold with no others.
+    output = fake_value(site.node)
+    if not (is_contiguous(output) or has_merged_heads(output)):
+        raise _Refusal(Reason.UNSUPPORTED, f"output strides {output.stride()}")
+
+
+def _require_device(site: AttentionSite, sites: Sequence[AttentionSite]) -> None:
+    here, first = (fake_value(one.query).device for one in (site, sites[0]))
+    if here != first:
+        # The boundaries are inputs on one device, and so are the plans made from them.
+        raise _Refusal(Reason.UNSUPPORTED, f"on {here}, the graph's first attention is on {first}")
 
 
 def _site_mask(site: AttentionSite, masks: dict[Any, MaskSpec | OpaqueMask]) -> MaskSpec | OpaqueMask:
@@ -223,9 +266,9 @@ def _record(
         phase="decode" if _is(site.query_length, 1) else "prefill",
         query_length=size_key(site.query_length),
         key_length=size_key(site.key_length),
-        heads=site.heads,
-        kv_heads=site.kv_heads,
-        head_dim=site.head_dim,
+        heads=_number(site.heads),
+        kv_heads=_number(site.kv_heads),
+        head_dim=_number(site.head_dim),
         mask=_describe(site, mask),
         sparse=reason is Reason.SPARSE,
         reason=reason,
@@ -242,6 +285,10 @@ def _describe(site: AttentionSite, mask: MaskSpec | OpaqueMask | None) -> str:
     if site.mask is not None:
         return "not read"
     return "causal" if site.is_causal else "none"
+
+
+def _number(size: Size) -> int:
+    return size if isinstance(size, int) else 0
 
 
 def _is(size: Size, number: int) -> bool:

@@ -1,6 +1,7 @@
 """Find every scaled dot-product attention of a graph, whichever tracer made it."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import fx
 
 from mmcompile.passes.graph import Size, fake_value, same_size
+from mmcompile.passes.node_operations import mutated_nodes, operation
 
 _SDPA_TARGETS = (
     torch._C._nn.scaled_dot_product_attention,
@@ -41,16 +43,16 @@ class AttentionSite:
         return fake_value(self.query).shape[0]
 
     @property
-    def heads(self) -> int:
-        return int(fake_value(self.query).shape[1])
+    def heads(self) -> Size:
+        return fake_value(self.query).shape[1]
 
     @property
-    def kv_heads(self) -> int:
-        return int(fake_value(self.key).shape[1])
+    def kv_heads(self) -> Size:
+        return fake_value(self.key).shape[1]
 
     @property
-    def head_dim(self) -> int:
-        return int(fake_value(self.query).shape[3])
+    def head_dim(self) -> Size:
+        return fake_value(self.query).shape[3]
 
     @property
     def query_length(self) -> Size:
@@ -75,22 +77,71 @@ class AttentionSite:
         return self.module_path[: match[-1].start(1)] + "*" + self.module_path[match[-1].end(1) :]
 
 
+@dataclass(frozen=True)
+class UnreadAttention:
+    """Something that computes attention in a form that is no site, and why."""
+
+    node: fx.Node
+    module_path: str
+    why: str
+
+
 def find_attention(module: fx.GraphModule) -> list[AttentionSite]:
     """The attention sites of a graph in execution order.
 
-    A call whose arguments have no recorded fake value, or are not 4-dimensional, is no site: nothing about
-    it could be proved.
+    A call whose arguments have no recorded fake value, or are not 4-dimensional, is no site: nothing about it could
+    be proved. Neither is a call inside vmap, whose tensors have one dimension less than they are.
     """
-    sites = []
+    return [found for found in _scan(module) if isinstance(found, AttentionSite)]
+
+
+def find_unread(module: fx.GraphModule) -> list[UnreadAttention]:
+    """The attention of a graph that is no site, and so stays as it is."""
+    return [found for found in _scan(module) if isinstance(found, UnreadAttention)]
+
+
+def _scan(module: fx.GraphModule) -> Iterator[AttentionSite | UnreadAttention]:
+    written = mutated_nodes(module.graph)
+    nesting = 0
     for node in module.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        nesting += name == "_vmap_increment_nesting"
+        nesting -= name == "_vmap_decrement_nesting"
+        why = None
         if node.op == "call_function" and node.target in _SDPA_TARGETS:
-            site = _bind(node)
+            site = None if nesting else _bind(node, written)
             if site is not None:
-                sites.append(site)
-    return sites
+                yield site
+            else:
+                why = "inside vmap" if nesting else "query, key and value are not all [B, H, S, D]"
+        elif name == "flex_attention":
+            why = "FlexAttention, not scaled_dot_product_attention"
+        elif _weighs_values(node):
+            why = "written out as softmax and matmul"
+        if why is not None:
+            yield UnreadAttention(node, _module_path(node), why)
 
 
-def _bind(node: fx.Node) -> AttentionSite | None:
+_PASSED_ON = ("dropout", "to", "type_as", "contiguous", "float", "half", "bfloat16")
+_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
+
+
+def _weighs_values(node: fx.Node) -> bool:
+    """A softmax over a matrix of scores whose result is multiplied with something: attention written by hand."""
+    value = fake_value(node)
+    if operation(node) not in ("softmax", "_softmax") or not isinstance(value, torch.Tensor) or value.dim() < 3:
+        return False
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if any(word in operation(user) for word in _PRODUCTS):
+            return True
+        if operation(user).split(".")[-1] in _PASSED_ON:
+            pending.extend(user.users)
+    return False
+
+
+def _bind(node: fx.Node, written: frozenset[fx.Node]) -> AttentionSite | None:
     bound: dict[str, Any] = dict(zip(_SDPA_PARAMETERS, node.args, strict=False)) | dict(node.kwargs)
     query, key, value = bound["query"], bound["key"], bound["value"]
     for operand in (query, key, value):
@@ -98,7 +149,9 @@ def _bind(node: fx.Node) -> AttentionSite | None:
         if not isinstance(operand_value, torch.Tensor) or operand_value.dim() != 4:
             return None
     unrepeated = undo_repeat_kv(key), undo_repeat_kv(value)
-    if same_size(fake_value(unrepeated[0]).shape[1], fake_value(unrepeated[1]).shape[1]):
+    same_heads = same_size(fake_value(unrepeated[0]).shape[1], fake_value(unrepeated[1]).shape[1])
+    # Heads that were repeated into new memory no longer follow a source that is written to afterwards.
+    if same_heads and not written.intersection(unrepeated):
         key, value = unrepeated
     return AttentionSite(
         node=node,
@@ -167,6 +220,6 @@ def _module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['(?:self|fn|mod)'\]\.?", "", path)
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return path.replace("_modules.", "").strip(".")

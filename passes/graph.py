@@ -81,6 +81,25 @@ def expression(size: Size) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def is_contiguous(tensor: torch.Tensor) -> bool:
+    """Whether a [B, H, S, D] tensor lies in memory in that order. Never adds a guard."""
+    _, heads, length, width = tensor.shape
+    return _has_strides(tensor, (heads * length * width, length * width, width, 1))
+
+
+def has_merged_heads(tensor: torch.Tensor) -> bool:
+    """Whether a [B, H, S, D] tensor lies in memory as [B, S, H, D]. Never adds a guard."""
+    _, heads, length, width = tensor.shape
+    return _has_strides(tensor, (length * heads * width, width, heads * width, 1))
+
+
+def _has_strides(tensor: torch.Tensor, strides: Sequence[Size]) -> bool:
+    return all(
+        same_size(got, wanted) or (isinstance(size, int) and size == 1)  # a dimension of size 1 has no stride
+        for got, wanted, size in zip(tensor.stride(), strides, tensor.shape, strict=True)
+    )
+
+
 def size_argument(graph: fx.Graph, tensor: fx.Node, dim: int) -> int | fx.Node:
     """One dimension of `tensor` as a graph argument: the int where it is static, else a node that reads it."""
     size = fake_value(tensor).shape[dim]

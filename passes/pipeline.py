@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
-from mmcompile.passes.decide import Decision, Patterns, SiteRecord, decide
-from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.decide import Decision, Patterns, SiteRecord, decide, record_unread
+from mmcompile.passes.find_attention import find_attention, find_unread
 from mmcompile.passes.fold_permutations import fold_permutations
 from mmcompile.passes.graph import copy_graph, fake_value, output_node
 from mmcompile.passes.rewrite_attention import rewrite_attention
@@ -46,7 +46,7 @@ def run_passes(
     # The copy comes first: reading decisions off the graph that will be edited keeps one set of nodes.
     copy = copy_graph(module)
     decisions = decide(find_attention(copy), patterns, min_tokens)
-    records = tuple(decision.record for decision in decisions)
+    records = (*(decision.record for decision in decisions), *map(record_unread, find_unread(copy)))
     sparse = tuple(decision for decision in decisions if decision.record.sparse)
     if not sparse:
         return Rewritten(module, records, (), None)

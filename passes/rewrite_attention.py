@@ -13,7 +13,7 @@ from mmcompile.kernels.patterns import HeadPattern, distinct, encode
 from mmcompile.passes.add_boundaries import BoundaryInputs
 from mmcompile.passes.decide import Decision
 from mmcompile.passes.emit_mask import MaskNodes, emit_mask
-from mmcompile.passes.graph import call, erase_if_unused, fake_value, size_argument, size_key
+from mmcompile.passes.graph import call, erase_if_unused, fake_value, has_merged_heads, size_argument, size_key
 
 _OPS = torch.ops.mminference
 
@@ -190,8 +190,9 @@ def _key_copies(decision: Decision, head_plan: Sequence[int]) -> _KeyCopies:
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
-    """Put `new` in the place of `old`, in the memory layout its users were traced with where they rely on it."""
-    if any(user.target in ("view", torch.ops.aten.view.default) for user in old.users):
+    """Put `new` in the place of `old`, in the memory layout that its users were traced with."""
+    if not has_merged_heads(fake_value(old)):
+        # One more pass over the output; a model that merges its heads next was traced with the layout of `new`.
         new = call(graph, torch.ops.aten.contiguous.default, (new,))
     new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
     new.meta["stack_trace"] = old.meta.get("stack_trace")

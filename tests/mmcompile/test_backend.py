@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.registry import register_backend
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import mmcompile
 from mmcompile import HeadPattern, ModalityBoundaries, PatternTable, Reason, UnsupportedSitesError
@@ -17,6 +18,14 @@ from mmcompile.report import without_attention
 from tests.mmcompile import spy
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
+TINY_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SPARSE = {"min_tokens": 0, "inner": "eager"}
 
 
@@ -348,3 +357,31 @@ def test_explain_runs_no_attention_and_counts_graphs(monkeypatch):
     assert [site.sparse for site in report.sites] == [True, True]
     assert '"graph_count": 2' in report.to_json()
     assert "2 sparse, 0 dense, in 2 graphs with 1 graph breaks" in str(report)
+
+
+@torch.no_grad()
+def test_explain_leaves_the_callers_cache_alone():
+    model = Qwen2ForCausalLM(Qwen2Config(**TINY_TEXT)).eval()
+    ids = torch.randint(3, 60, (1, 70))
+    cache = model(input_ids=ids[:, :40], use_cache=True).past_key_values
+    report = mmcompile.explain(model, input_ids=ids[:, 40:], past_key_values=cache, options={"min_tokens": 0})
+    assert cache.get_seq_length() == 40
+    assert report.sites
+
+
+@torch.no_grad()
+def test_strict_refuses_attention_that_is_written_by_hand():
+    model = Qwen2ForCausalLM(Qwen2Config(**TINY_TEXT, attn_implementation="eager")).eval()
+    with pytest.raises(UnsupportedSitesError, match="written out as softmax and matmul"):
+        compiled(model, strict=True)(input_ids=torch.randint(3, 60, (1, 70)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [torch.randint(3, 60, (1, 70)), [1, 2, 3]])
+def test_compile_takes_whatever_the_model_takes(tokens):
+    class Lengths(nn.Module):
+        def forward(self, input_ids):
+            return torch.zeros(len(input_ids))
+
+    model = mmcompile.compile(Lengths(), min_tokens=0, inner="eager")
+    assert model(tokens).shape == (len(tokens),)

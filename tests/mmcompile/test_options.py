@@ -20,6 +20,7 @@ from mmcompile import HeadPattern, OptionError, Options, PatternTable
         ({"min_tokens": 1.5}, r"min_tokens=1.5: must be an integer"),
         ({"strict": 1}, r"strict=1: must be True or False"),
         ({"inner": "mminference"}, r"inner='mminference': must name another backend"),
+        ({"inner": "nope"}, r"inner='nope': must name another backend: .*inductor"),
         ({"disable": "fold_permutations"}, r"disable='fold_permutations': must be a list of pass names"),
         ({"disable": ["fold"]}, r"no pass 'fold'; choose from"),
         ({"patterns": 3}, r"patterns=3: must be \"auto\""),

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
-from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.find_attention import find_attention, find_unread
 from mmcompile.passes.graph import copy_graph, erase_if_unused, op_count, placeholders, size_key
 
 HEADS, KV_HEADS, LENGTH, DIM = 4, 2, 6, 8
@@ -99,9 +100,44 @@ def test_exported_graphs_give_the_same_sites():
     assert site.key.op == "placeholder"
 
 
-def test_three_dimensional_attention_is_no_site():
-    module = capture(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), torch.randn(2, 6, 8))
+def by_hand(q):
+    scores = (q @ q.transpose(-1, -2)).softmax(-1)
+    return F.dropout(scores, 0.0) @ q
+
+
+def attend(q):
+    return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "why"),
+    [
+        (attend, (2, 6, 8), "query, key and value are not all"),
+        (by_hand, (1, 2, 6, 8), "written out as softmax and matmul"),
+        (lambda q: flex_attention(q, q, q), (1, 2, 6, 8), "FlexAttention"),
+        (torch.vmap(attend), (3, 1, 2, 6, 8), "inside vmap"),
+    ],
+)
+def test_attention_in_another_form_is_no_site_but_is_told(function, shape, why):
+    module = capture(function, torch.randn(shape))
     assert find_attention(module) == []
+    (unread,) = find_unread(module)
+    assert why in unread.why
+
+
+def test_a_softmax_that_weighs_nothing_is_no_attention():
+    assert find_unread(capture(lambda x: x.softmax(-1) * 2, torch.randn(1, 2, 6, 8))) == []
+
+
+def test_heads_repeated_before_their_source_is_written_to_stay_repeated():
+    def model(q, k, v):
+        k = k.clone()
+        repeated = by_indexing(k)
+        k.zero_()
+        return F.scaled_dot_product_attention(q, repeated, by_indexing(v), is_causal=True)
+
+    (site,) = find_attention(capture(model, *operands()))
+    assert site.kv_heads == HEADS
 
 
 class Layer(nn.Module):

@@ -1,5 +1,6 @@
 """The rewrite on graphs small enough to count: which nodes come, which go, what is shared."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,8 +28,13 @@ class Two(nn.Module):
         return x
 
 
-def captured(function=None, shape=(1, 4, 300, 16), dynamic=False):
-    return capture(function or Two(), torch.randn(shape), dynamic=dynamic)
+def heads_of_one(batch=1, heads=4, length=300, dim=16):
+    """[B, H, S, D] in [B, S, H, D] memory, as a model's projections leave it."""
+    return torch.randn(batch, length, heads, dim).transpose(1, 2)
+
+
+def captured(function=None):
+    return capture(function or Two(), heads_of_one())
 
 
 def test_the_callers_graph_is_never_edited():
@@ -68,7 +74,7 @@ def test_permutations_that_undo_each_other_are_folded():
     assert op_count(folded, OPS.permute.default) == op_count(unfolded, OPS.permute.default) - 1
     # Its keys and values come from the unpermuted output, which must stay.
     assert op_count(folded, OPS.unpermute.default) == 2
-    x = torch.randn(1, 4, 300, 16)
+    x = heads_of_one()
     boundaries = (
         torch.tensor([0, 90, 170, 300]).int(),
         torch.tensor([0, 2, 0]).int(),
@@ -132,13 +138,23 @@ def test_repeated_heads_and_the_mask_are_gone():
     assert rewritten.records[0].kv_heads == 2
 
 
-def test_a_view_on_the_attention_output_still_finds_its_layout():
-    def model(x):
-        out = F.scaled_dot_product_attention(x.contiguous(), x, x, attn_mask=None, is_causal=True)
-        return out.view(4, 300, 16)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda out: out.view(4, 300, 16),
+        lambda out: (out * 2).view(4, 300, 16),
+        lambda out: out.as_strided((4, 300), (16, 1), 100),
+        lambda out: out.transpose(1, 2).reshape(1, 300, 64),
+    ],
+)
+@pytest.mark.parametrize("merged", [True, False])
+def test_users_of_the_output_find_the_layout_that_they_were_traced_with(use, merged):
+    x = heads_of_one() if merged else heads_of_one().contiguous()
 
-    module = captured(model)
-    x = torch.randn(1, 4, 300, 16)
-    rewritten = run_passes(module, HeadPattern("dense"), density=1.0).module
+    def model(x):
+        out = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return use(out if out.is_contiguous() else out.contiguous())
+
+    rewritten = run_passes(capture(model, x), HeadPattern("dense"), density=1.0).module
     boundaries = (torch.tensor([0, 300, 300]).int(), torch.zeros(2).int(), torch.zeros(2, 3).int())
     torch.testing.assert_close(rewritten(x, *boundaries)[0], model(x))
