@@ -153,7 +153,7 @@ def _arrange(one: TilePlan, pattern: HeadPattern, tags: Sequence[Tensor], modali
             order_out.copy_(modality_order(modality))
             tags_out.copy_(in_slots(tag, order_out))
         else:
-            order_out.copy_(raster_order(*modality.shape, modality.device))
+            order_out.copy_(raster_order(modality.shape[0], modality.shape[1], modality.device))
             tags_out.copy_(tag)
 
 

@@ -8,7 +8,7 @@ a full one called partial: it costs a tile's work and no correctness.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ LEAST = -(2**31)
 CHUNK = 2**24  # tiles classified at once: a [rows, nK] int64 temporary stays at 128 MiB
 
 
-def tile_count(length: int) -> int:
+def tile_count(length: Any) -> Any:  # an int, or a SymInt while tracing
     return (length + TILE - 1) // TILE
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.resources import files
 from typing import Any
@@ -54,7 +54,7 @@ def mminference(
     inputs = [*example_inputs, *rewritten.boundaries.examples]
     # Inductor's caches on disk know our ops by name alone; code compiled for another version must not be found.
     tag = f"{torch.compiler.config.cache_key_tag}mmcompile-{_kernels_digest()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return CompiledPrefill(inner(rewritten.module, inputs), rewritten)
 
 
@@ -66,13 +66,13 @@ def _kernels_digest() -> str:
 
 
 def _inner_compiler(name: str, mode: str | None) -> CompiledFunction:
-    compiler = lookup_backend(name)
+    compiler: CompiledFunction = lookup_backend(name)
     if mode is None or mode == "default":
         return compiler
     if name != "inductor":
         raise ValueError(f'mode={mode!r}: only inner="inductor" has modes, not {name!r}')
     patches = torch._inductor.list_mode_options(mode)
-    return lambda module, inputs: compiler(module, inputs, config_patches=patches)
+    return partial(compiler, config_patches=patches)
 
 
 def _raise_on_refusal(records: Sequence[SiteRecord]) -> None:

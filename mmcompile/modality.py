@@ -193,8 +193,8 @@ def boundary_tensors_of(config: Any, inputs: dict[str, Any]) -> BoundaryTensors 
         token_modality = types.to(torch.int32)
     elif isinstance(ids, torch.Tensor) and ids.dim() == 2 and _placeholder_ids(config):
         token_modality = torch.zeros_like(ids, dtype=torch.int32)
-        for modality, token_id in _placeholder_ids(config).items():
-            token_modality = torch.where(ids == token_id, modality, token_modality)
+        for kind, token_id in _placeholder_ids(config).items():
+            token_modality = torch.where(ids == token_id, kind, token_modality)
     elif isinstance(positions, torch.Tensor) and is_multimodal_positions(positions):
         return boundaries_from_positions(positions)
     else:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
     model.compile(backend="mminference", options=_as_mapping(Options.parse(options)))
-    compiled = model._compiled_call_impl
+    compiled: Callable[..., Any] = model._compiled_call_impl  # type: ignore[assignment]  # set by the line above
     config = getattr(model, "config", None)
     signature = inspect.signature(model.forward)
 

@@ -47,7 +47,7 @@ def add_boundaries(module: fx.GraphModule, device: torch.device) -> BoundaryInpu
         with graph.inserting_after(after):
             node = graph.placeholder(name)
         set_fake_value(node, _example(name, shape, device, mode))
-        node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+        node._dynamo_source = ConstantSource(name)
         nodes.append(node)
         after = node
     return BoundaryInputs(*nodes)
@@ -59,7 +59,9 @@ def _example(name: str, shape: tuple[int, ...], device: torch.device, mode: Any)
     if mode.shape_env is None:
         return mode.from_tensor(torch.zeros(shape, dtype=torch.int32, device=device))
     first_is_dynamic = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (len(shape) - 1)
-    context = StatelessSymbolicContext(dynamic_sizes=first_is_dynamic, constraint_sizes=[None] * len(shape))
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+        dynamic_sizes=first_is_dynamic, constraint_sizes=[None] * len(shape)
+    )
     # A meta-device tensor would do, but from_tensor keeps the device of what it is given.
     real = torch.zeros(shape, dtype=torch.int32, device=device)
     return mode.from_tensor(real, source=ConstantSource(name), symbolic_context=context)

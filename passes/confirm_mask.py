@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import sympy
 import torch
@@ -83,9 +84,10 @@ def _at(spec: MaskSpec, sizes: SmallSizes) -> MaskSpec:
         "query_span",
         "key_span",
     )
+    parts: dict[str, Any] = {name: small(getattr(spec, name)) for name in fields}
     return replace(
         spec,
-        **{name: small(getattr(spec, name)) for name in fields},
+        **parts,
         offset=small(sympy.sympify(spec.offset)),
         window=None if spec.window is None else sizes.number(spec.window),
     )

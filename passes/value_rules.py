@@ -114,10 +114,10 @@ def _logic(name: str) -> None:
 
     @rule(f"bitwise_{name}")
     def bitwise(reader: TensorReader, node: fx.Node, index: Index, left: Any, right: Any) -> Value:
-        sides = [reader.operand(side, node, index) for side in (left, right)]
+        first, second = (reader.operand(side, node, index) for side in (left, right))
         if reader.dtype(node) == torch.bool:
-            return connective(*(values.truth(side.value) for side in sides))
-        return values.arithmetic(f"bitwise_{name}", *sides, reader.dtype(node), reader.bounds)
+            return connective(values.truth(first.value), values.truth(second.value))
+        return values.arithmetic(f"bitwise_{name}", first, second, reader.dtype(node), reader.bounds)
 
 
 for _name in _LOGIC:
@@ -143,12 +143,12 @@ def _arithmetic(name: str) -> None:
     ) -> Value:
         if alpha != 1:
             raise Unreadable(f"{name} with alpha={alpha}")
-        sides = [reader.operand(side, node, index) for side in (left, right)]
+        first, second = (reader.operand(side, node, index) for side in (left, right))
         if reader.dtype(node) != torch.bool:
-            return values.arithmetic(name, *sides, reader.dtype(node), reader.bounds)
+            return values.arithmetic(name, first, second, reader.dtype(node), reader.bounds)
         if name not in _ON_CONDITIONS:
             raise Unreadable(f"{name} on conditions")
-        return _ON_CONDITIONS[name](*(values.truth(side.value) for side in sides))
+        return _ON_CONDITIONS[name](values.truth(first.value), values.truth(second.value))
 
 
 # on bool tensors a sum is "or", a product "and"
@@ -161,8 +161,8 @@ for _name in ("add", "sub", "mul", "floor_divide", "remainder", "maximum", "mini
 def subtract_from(reader: TensorReader, node: fx.Node, index: Index, left: Any, right: Any, alpha: Any = 1) -> Value:
     if alpha != 1:
         raise Unreadable(f"rsub with alpha={alpha}")
-    sides = [reader.operand(side, node, index) for side in (right, left)]
-    return values.arithmetic("sub", *sides, reader.dtype(node), reader.bounds)
+    first, second = (reader.operand(side, node, index) for side in (right, left))
+    return values.arithmetic("sub", first, second, reader.dtype(node), reader.bounds)
 
 
 @rule("div")
@@ -177,8 +177,8 @@ def divide(
 ) -> Value:
     if rounding_mode != "floor":
         raise Unreadable(f"division rounded by {rounding_mode}")
-    sides = [reader.operand(side, node, index) for side in (left, right)]
-    return values.arithmetic("floor_divide", *sides, reader.dtype(node), reader.bounds)
+    first, second = (reader.operand(side, node, index) for side in (left, right))
+    return values.arithmetic("floor_divide", first, second, reader.dtype(node), reader.bounds)
 
 
 @rule("neg")
