@@ -5,6 +5,7 @@ work is in the files by idea.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ _ATTENTION = (
     "Tensor tiles, int[] head_plan, int[] key_head, float scale, int? window, bool segments, bool spans, "
     "SymInt min_tokens) -> Tensor"
 )
+
+_DEVICES = ("cpu", "cuda")
 
 
 @custom_op("mminference::plan", mutates_args=(), schema=_PLAN)
@@ -93,7 +96,7 @@ def _(
     return *(offsets.new_empty(shape, dtype=torch.int32) for shape in shapes), density
 
 
-@custom_op("mminference::permute", mutates_args=(), device_types="cpu", schema=_PERMUTE)
+@custom_op("mminference::permute", mutates_args=(), device_types=_DEVICES, schema=_PERMUTE)
 def permute(x: Tensor, order: Tensor, source_head: Sequence[int], row: Sequence[int]) -> Tensor:
     """Copies of heads of x with their rows in the plan's order.
 
@@ -103,15 +106,7 @@ def permute(x: Tensor, order: Tensor, source_head: Sequence[int], row: Sequence[
     Raises ValueError naming the argument, its value, and what would be right.
     """
     check_permute(x, order, source_head, row)
-    return permute_cpu.permute(x, order, source_head, row)
-
-
-@permute.register_kernel("cuda")
-def _(x: Tensor, order: Tensor, source_head: Sequence[int], row: Sequence[int]) -> Tensor:
-    from mmcompile.kernels import permute as permute_triton  # Triton is absent where there is no GPU
-
-    check_permute(x, order, source_head, row)
-    return permute_triton.permute(x, order, source_head, row)
+    return _row_copies(x.device).permute(x, order, source_head, row)
 
 
 @permute.register_fake
@@ -119,7 +114,7 @@ def _(x, order, source_head, row):
     return x.new_empty(x.shape[0], len(source_head), x.shape[2], x.shape[3])
 
 
-@custom_op("mminference::unpermute", mutates_args=(), device_types="cpu", schema=_UNPERMUTE)
+@custom_op("mminference::unpermute", mutates_args=(), device_types=_DEVICES, schema=_UNPERMUTE)
 def unpermute(x: Tensor, order: Tensor, row: Sequence[int]) -> Tensor:
     """The inverse of `permute`: rows back from slots to positions.
 
@@ -129,15 +124,7 @@ def unpermute(x: Tensor, order: Tensor, row: Sequence[int]) -> Tensor:
     Raises ValueError naming the argument, its value, and what would be right.
     """
     check_unpermute(x, order, row)
-    return permute_cpu.unpermute(x, order, row)
-
-
-@unpermute.register_kernel("cuda")
-def _(x: Tensor, order: Tensor, row: Sequence[int]) -> Tensor:
-    from mmcompile.kernels import permute as permute_triton
-
-    check_unpermute(x, order, row)
-    return permute_triton.unpermute(x, order, row)
+    return _row_copies(x.device).unpermute(x, order, row)
 
 
 @unpermute.register_fake
@@ -145,7 +132,7 @@ def _(x, order, row):
     return _merged_heads(x)
 
 
-@custom_op("mminference::block_sparse_attention", mutates_args=(), device_types="cpu", schema=_ATTENTION)
+@custom_op("mminference::block_sparse_attention", mutates_args=(), device_types=_DEVICES, schema=_ATTENTION)
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -177,39 +164,28 @@ def block_sparse_attention(
     check_attention(query, key, value, walk, scale)
     if key.shape[2] < min_tokens:
         return dense_attention(query, key, value, walk, scale)
-    return block_sparse_cpu.block_sparse_attention(query, key, value, walk, scale)
-
-
-@block_sparse_attention.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_tags: Tensor,
-    key_tags: Tensor,
-    counts: Tensor,
-    tiles: Tensor,
-    head_plan: Sequence[int],
-    key_head: Sequence[int],
-    scale: float,
-    window: int | None,
-    segments: bool,
-    spans: bool,
-    min_tokens: int,
-) -> Tensor:
-    from mmcompile.kernels import block_sparse
-
-    rows = _rows(tiles, query_tags, key_tags)
-    walk = TileWalk(query_tags, key_tags, counts, rows, tuple(head_plan), tuple(key_head), window, segments, spans)
-    check_attention(query, key, value, walk, scale)
-    if key.shape[2] < min_tokens:
-        return dense_attention(query, key, value, walk, scale)
-    return block_sparse.block_sparse_attention(query, key, value, walk, scale)
+    return _executor(query.device).block_sparse_attention(query, key, value, walk, scale)
 
 
 @block_sparse_attention.register_fake
 def _(query, *_rest):
     return _merged_heads(query)
+
+
+def _row_copies(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        return permute_cpu
+    from mmcompile.kernels import permute  # here, because Triton is absent where there is no GPU
+
+    return permute
+
+
+def _executor(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        return block_sparse_cpu
+    from mmcompile.kernels import block_sparse
+
+    return block_sparse
 
 
 def _rows(tiles: Tensor, query_tags: Tensor, key_tags: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The registered ops: schema, fake, strides, dynamic shapes, both attention paths, and bad input."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -191,3 +193,13 @@ def test_another_device_is_named():
         check_attention(query, key, value, walk._replace(tiles=walk.tiles.to("meta")), 1.0)
     with pytest.raises(ValueError, match="order is on meta; cpu, the device of x"):
         check_permute(query, torch.zeros(1, 1, 200, dtype=torch.int32, device="meta"), [0], [0])
+
+
+def test_the_ops_need_no_triton_on_the_cpu():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, mmcompile.kernels.ops\n"
+        "x, order = torch.zeros(1, 1, 4, 8), torch.arange(4, dtype=torch.int32).view(1, 1, 4)\n"
+        "torch.ops.mminference.permute(x, order, [0], [0])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
