@@ -14,7 +14,7 @@ from torch.library import custom_op
 from mmcompile.kernels import block_sparse_cpu, permute_cpu
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels.check_inputs import check_attention, check_permute, check_unpermute
-from mmcompile.kernels.dense_attention import dense_attention
+from mmcompile.kernels.dense_attention import causal_attention, dense_attention
 from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.tile_walk import TileWalk
 
@@ -30,7 +30,7 @@ _UNPERMUTE = "(Tensor x, Tensor order, int[] row) -> Tensor"
 _ATTENTION = (
     "(Tensor query, Tensor key, Tensor value, Tensor query_tags, Tensor key_tags, Tensor counts, "
     "Tensor tiles, int[] head_plan, int[] key_head, float scale, int? window, bool segments, bool spans, "
-    "SymInt min_tokens) -> Tensor"
+    "SymInt min_tokens, bool only_causal=False) -> Tensor"
 )
 
 _DEVICES = ("cpu", "cuda")
@@ -148,6 +148,7 @@ def block_sparse_attention(
     segments: bool,
     spans: bool,
     min_tokens: int,
+    only_causal: bool = False,
 ) -> Tensor:
     """softmax(query key^T * scale) value over the tiles that a plan lists; 0 where a row has no key.
 
@@ -156,6 +157,7 @@ def block_sparse_attention(
     query_tags, key_tags, counts, tiles: from `plan`, the op. window, segments, spans: the parts of the element mask.
     head_plan, key_head: plan row and key copy of each of the H heads.
     min_tokens: as given to `plan`; a shorter key length runs dense, with the element mask.
+    only_causal: the element mask is known to be key <= query and nothing else, so that dense needs no mask.
     Returns [B, H, Sq, D] in [B, Sq, H, D] memory.
     Raises ValueError naming the argument, its value, and what would be right.
     """
@@ -163,7 +165,8 @@ def block_sparse_attention(
     walk = TileWalk(query_tags, key_tags, counts, rows, tuple(head_plan), tuple(key_head), window, segments, spans)
     check_attention(query, key, value, walk, scale)
     if key.shape[2] < min_tokens:
-        return dense_attention(query, key, value, walk, scale)
+        dense = causal_attention if only_causal else dense_attention
+        return dense(query, key, value, walk, scale)
     return _executor(query.device).block_sparse_attention(query, key, value, walk, scale)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcompile.modality import bind, bound_boundaries, boundary_tensors_of
+from mmcompile.input_boundaries import boundary_tensors_of
+from mmcompile.modality import bind, bound_boundaries
 from mmcompile.options import Options
 
 

@@ -9,14 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from mmcompile.modality import (
-    BoundaryTensors,
-    ModalityBoundaries,
-    bound_boundaries,
-    boundaries_from_positions,
-    is_multimodal_positions,
-    unknown_boundaries,
-)
+from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
+from mmcompile.modality import ModalityBoundaries, bound_boundaries, unknown_boundaries
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.graph import Size, fake_value, placeholders, same_size
 from mmcompile.passes.pipeline import Rewritten

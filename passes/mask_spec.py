@@ -39,6 +39,12 @@ class MaskSpec:
     tensors: Mapping[str, fx.Node] = field(default_factory=dict, compare=False)
     device: torch.device | None = field(default=None, compare=False)  # the mask's
 
+    @property
+    def is_only_causal(self) -> bool:
+        """Whether the mask is key <= query and nothing else, which is what torch's `is_causal` means."""
+        parts = (self.window, self.key_valid, self.query_segment, self.query_span)
+        return self.causal and self.offset == 0 and all(part is None for part in parts)
+
     def describe(self) -> str:
         """A short name: "causal+padding", "causal|spans, window 4096", "packed causal (offset 8)"."""
         name = "causal" if self.causal else "bidirectional"

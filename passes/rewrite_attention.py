@@ -158,6 +158,7 @@ def _emit_attention(
             spec.query_segment is not None,
             spec.query_span is not None,
             min_tokens,
+            spec.is_only_causal,
         ),
     )
     if permutes_queries:

@@ -25,7 +25,7 @@ MASKED = replace(CASE, window=100, segments=True, spans=True, padding="left", pe
 def attention_arguments(case: WalkCase, dtype: torch.dtype = torch.float32, min_tokens: int = 0) -> list:
     walk = case.walk()
     maps = [list(walk.head_plan), list(walk.key_head), case.width**-0.5]
-    return [*case.inputs(dtype), *walk[:3], walk.tiles.flatten(2), *maps, *walk[6:], min_tokens]
+    return [*case.inputs(dtype), *walk[:3], walk.tiles.flatten(2), *maps, *walk[6:], min_tokens, False]
 
 
 def random_orders(batch: int, rows: int, length: int) -> torch.Tensor:
@@ -128,6 +128,15 @@ def test_a_short_plan_runs_dense():
     dense = scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(output, dense)
     assert torch.equal(density, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_short_causal_prefill_makes_no_mask_and_is_the_same(heads):
+    case = WalkCase(heads=4, copies=heads)
+    *arguments, _ = attention_arguments(case, min_tokens=1000)  # all but only_causal
+    with_mask, without = (OPS.block_sparse_attention(*arguments, only) for only in (False, True))
+    torch.testing.assert_close(without, with_mask)
+    assert without.stride() == with_mask.stride()
 
 
 def test_density_is_the_listed_share_of_the_tiles():

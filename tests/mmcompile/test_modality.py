@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcompile.errors import BoundaryError
-from mmcompile.modality import (
-    IMAGE,
-    TEXT,
-    VIDEO,
-    ModalityBoundaries,
-    bind,
-    bound_boundaries,
-    boundaries_from_positions,
-)
+from mmcompile.input_boundaries import IMAGE, TEXT, VIDEO, boundaries_from_positions
+from mmcompile.modality import ModalityBoundaries, bind, bound_boundaries
 
 IMAGE_ID, VIDEO_ID = 500, 501
 CONFIG = SimpleNamespace(

@@ -11,7 +11,7 @@ import mmcompile
 from mmcompile import HeadPattern
 from mmcompile.backend import mminference
 from mmcompile.huggingface import Text, prompts
-from mmcompile.modality import IMAGE, TEXT, VIDEO
+from mmcompile.input_boundaries import IMAGE, TEXT, VIDEO
 from mmcompile.passes.find_attention import find_attention
 from mmcompile.passes.graph import fake_value
 from tests.mmcompile import spy
