@@ -41,6 +41,7 @@ def main() -> None:
         "Attention on the CPU",
         notes=f"{tokens} tokens, head dim {WIDTH}, causal, batch 1, {torch.get_num_threads()} threads, "
         f"scattered tiles; median of {arguments.repeats} runs, spread is half their range",
+        device="cpu",
     )
     cases = [(name, dtype) for name in SHAPES for dtype in (torch.float32, torch.bfloat16)]
     for name, dtype in track(cases, "CPU attention"):

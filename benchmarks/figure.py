@@ -27,9 +27,9 @@ class Figure:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, title: str, notes: str) -> "Figure":
-        """A figure with no rows yet, of this command on this machine at this commit."""
-        return cls(title, " ".join(["python", *sys.argv]), _commit(), _versions(), _device(), notes)
+    def begin(cls, title: str, notes: str, device: str = "cuda") -> "Figure":
+        """A figure with no rows yet, of this command at this commit, measured on "cuda" or on "cpu"."""
+        return cls(title, " ".join(["python", *sys.argv]), _commit(), _versions(), _device(device), notes)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON and say where it went."""
@@ -56,7 +56,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
+def _device(device: str) -> str:
+    if device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
