@@ -38,13 +38,7 @@ def mminference(
     `Options`, and mode goes to Inductor. A graph with nothing to rewrite reaches the inner backend untouched.
     """
     parsed = Options.parse(options)
-    rewritten = run_passes(
-        module,
-        parsed.head_patterns,
-        density=parsed.density,
-        min_tokens=parsed.min_tokens,
-        disable=parsed.disable,
-    )
+    rewritten = run_passes(module, **parsed.for_passes)
     _log(rewritten.records, rewritten.module)
     if parsed.strict:
         _raise_on_refusal(rewritten.records)

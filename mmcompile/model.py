@@ -25,7 +25,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
-    model.compile(backend="mminference", options=_as_mapping(Options.parse(options)))
+    model.compile(backend="mminference", options=dict(vars(Options.parse(options))))
     compiled: Callable[..., Any] = model._compiled_call_impl  # type: ignore[assignment]  # set by the line above
     config = getattr(model, "config", None)
     signature = inspect.signature(model.forward)
@@ -54,8 +54,3 @@ def _is_decode_step(inputs: dict[str, Any]) -> bool:
     if tokens is None:
         tokens = inputs.get("inputs_embeds")
     return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
-
-
-def _as_mapping(options: Options) -> dict[str, Any]:
-    # The instance itself is one option-like value: torch.compile compares mappings to tell backends apart.
-    return {name: getattr(options, name) for name in options.__dataclass_fields__}

@@ -1,7 +1,6 @@
 """The backend's options, checked before anything runs."""
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -72,6 +71,16 @@ class Options:
         return cls(**given)
 
     @property
+    def for_passes(self) -> dict[str, Any]:
+        """The arguments that `run_passes` takes besides the graph."""
+        return {
+            "patterns": self.head_patterns,
+            "density": self.density,
+            "min_tokens": self.min_tokens,
+            "disable": self.disable,
+        }
+
+    @property
     def head_patterns(self) -> Patterns:
         """The patterns in the form the passes take: one for every head, or [layer][head]."""
         if isinstance(self.patterns, PatternTable):
@@ -89,7 +98,7 @@ def _load_patterns(patterns: Any) -> str | HeadPattern | PatternTable:
     if isinstance(patterns, str | Path):
         try:
             return PatternTable.load(patterns)
-        except (OSError, ValueError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise OptionError(
                 f'patterns={str(patterns)!r}: neither "auto" nor a readable pattern table: {error}'
             ) from error

@@ -15,7 +15,7 @@ from transformers import Cache
 
 from mmcompile.options import Options
 from mmcompile.passes.decide import SiteRecord
-from mmcompile.passes.find_attention import find_attention
+from mmcompile.passes.find_attention import find_attention, stack_of
 from mmcompile.passes.graph import copy_graph
 from mmcompile.passes.pipeline import run_passes
 
@@ -122,8 +122,7 @@ def _runs(sites: Sequence[SiteRecord]) -> list[list[SiteRecord]]:
 
 def _likeness(site: SiteRecord) -> dict[str, Any]:
     values = site.to_dict()
-    if site.layer is not None:
-        values["module_path"] = site.module_path.replace(str(site.layer), "*")
+    values["module_path"] = stack_of(site.module_path)
     del values["layer"]
     return values
 
@@ -167,14 +166,7 @@ class _Recorder:
         reason = getattr(module, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break:
             self.breaks.append(_describe_break(reason))
-        rewritten = run_passes(
-            module,
-            self.options.head_patterns,
-            density=self.options.density,
-            min_tokens=self.options.min_tokens,
-            disable=self.options.disable,
-        )
-        self.records += rewritten.records
+        self.records += run_passes(module, **self.options.for_passes).records
         return without_attention(module)
 
 

@@ -16,8 +16,6 @@ _SDPA_TARGETS = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 _SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # positional, in order
-_RESHAPES = ("reshape", "view", torch.reshape, torch.ops.aten.reshape.default, torch.ops.aten.view.default)
-_EXPANDS = ("expand", torch.ops.aten.expand.default)
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -71,10 +69,15 @@ class AttentionSite:
     @property
     def stack(self) -> str:
         """The module path with the layer's number left out: the same for all layers of one stack."""
-        match = list(_LAYER.finditer(self.module_path))
-        if not match:
-            return self.module_path
-        return self.module_path[: match[-1].start(1)] + "*" + self.module_path[match[-1].end(1) :]
+        return stack_of(self.module_path)
+
+
+def stack_of(module_path: str) -> str:
+    """A module path with its last number, the layer's, replaced by "*"."""
+    numbers = list(_LAYER.finditer(module_path))
+    if not numbers:
+        return module_path
+    return module_path[: numbers[-1].start(1)] + "*" + module_path[numbers[-1].end(1) :]
 
 
 @dataclass(frozen=True)
@@ -174,10 +177,10 @@ def undo_repeat_kv(node: fx.Node) -> fx.Node:
     n copies of each head side by side count, since that is the layout grouped-query attention means.
     """
     merge = node
-    if merge.target not in _RESHAPES:
+    if operation(merge) not in ("reshape", "view"):
         return node
     expand = merge.args[0]
-    if not isinstance(expand, fx.Node) or expand.target not in _EXPANDS:
+    if not isinstance(expand, fx.Node) or operation(expand) != "expand":
         return node
     insert = expand.args[0]
     if not isinstance(insert, fx.Node) or not insert.args or not isinstance(insert.args[0], fx.Node):
@@ -192,9 +195,9 @@ def undo_repeat_kv(node: fx.Node) -> fx.Node:
 
 
 def _inserts_axis(node: fx.Node) -> bool:
-    if node.target in ("unsqueeze", torch.unsqueeze, torch.ops.aten.unsqueeze.default):
+    if operation(node) == "unsqueeze":
         return True
-    if "getitem" not in getattr(node.target, "__name__", "") or not isinstance(node.args[1], tuple):
+    if operation(node) != "getitem" or not isinstance(node.args[1], tuple):
         return False
     return all(index is None or index is Ellipsis or index == slice(None) for index in node.args[1])
 

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
@@ -72,5 +71,4 @@ def _append_outputs(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
 
 def describe_graph(module: fx.GraphModule) -> str:
     """The graph as readable code, for the log and the structured trace."""
-    with torch._dynamo.config.patch(verbose=False):
-        return module.print_readable(print_output=False)
+    return module.print_readable(print_output=False)
