@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmcompile.kernels.orders import MODALITIES
-from mmcompile.kernels.patterns import MAX_TOKENS, TILE
+from mmcompile.kernels.patterns import MAX_TOKENS, MODALITIES, TILE
 from mmcompile.kernels.tags import INVALID
 
 BEYOND = 2**63 - 1  # sorts after every key
@@ -111,6 +110,11 @@ class AShape:
         return Intervals.stack(
             [self._run(self.groups, torch.maximum(start, end - length), end) for start, end in self.ranges]
         )
+
+    def since(self, stride: Tensor) -> Intervals:
+        """The keys of each query's own block of `stride` tokens (int64, no dimensions), in raster order."""
+        own = self.query_position.long().clamp(0, self.keys.length - 1).unsqueeze(1)  # [B, 1, Sq]
+        return Intervals((own - own % stride) // TILE, own // TILE)
 
     def nearest(self, window: int | None) -> Intervals:
         """One key for each query: itself, else the nearest valid one before it, else the nearest after it.

@@ -1,8 +1,8 @@
 """Block-sparse attention over the tile lists of a plan: the portable Triton kernel and its launch.
 
 One program computes one block of query rows of one head. It walks the row's full tiles with no mask
-arithmetic, then its partial tiles with the element mask read from the tags; one running softmax (base 2,
-float32) spans both.
+arithmetic, then its partial tiles with the element mask read from the tags, then its columns: single keys,
+gathered from wherever they lie. One running softmax (base 2, float32) spans all three.
 """
 
 import math
@@ -20,7 +20,19 @@ from mmcompile.kernels.tile_walk import TileWalk
 
 MAX_WINDOW = 2**30  # a position less this still fits 32 bits
 # Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-UNSPECIALIZED = ["batches", "heads", "plans", "query_length", "key_length", "scale_log2", "window"]
+UNSPECIALIZED = [
+    "batches",
+    "heads",
+    "plans",
+    "query_orders",
+    "key_orders",
+    "tile_entries",
+    "column_entries",
+    "query_length",
+    "key_length",
+    "scale_log2",
+    "window",
+]
 
 
 @triton.jit
@@ -56,6 +68,14 @@ def _load_tile(
 
 
 @triton.jit
+def _gather_rows(source, slot, row_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows at some slots of one head of K or V, [slots, BLOCK_D]; zeros past D."""
+    column = tl.arange(0, BLOCK_D)
+    pointers = source + (slot.to(tl.int64)[:, None] * row_stride + column[None, :])
+    return tl.load(pointers) if D == BLOCK_D else tl.load(pointers, mask=column[None, :] < D, other=0.0)
+
+
+@triton.jit
 def _allowed(
     query_tags,
     key_tags,
@@ -69,7 +89,7 @@ def _allowed(
     SEGMENTS: tl.constexpr,
     SPANS: tl.constexpr,
 ):
-    """The element mask of one step, [BLOCK_M, BLOCK_N]. Rows and slots past the end are never allowed."""
+    """The element mask of one step, [BLOCK_M, slots]. Rows and slots past the end are never allowed."""
     inside = slot < key_length
     k_position = tl.load(key_tags + slot, mask=inside, other=2147483647)
     allowed = k_position[None, :] <= q_position[:, None]
@@ -86,16 +106,34 @@ def _allowed(
     return allowed
 
 
+@triton.jit
+def _masked_weights(scores, allowed, maximum, total):
+    """One masked step of the softmax: weights, the decay of what was summed before, new maximum, new total."""
+    scores = tl.where(allowed, scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # Rows that have seen no key yet keep a maximum of -inf; subtracting it would give NaN.
+    shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.math.exp2(scores - shift[:, None])
+    decay = tl.math.exp2(maximum - shift)
+    return weights, decay, new_maximum, total * decay + tl.sum(weights, 1)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_kernel(
     query,
     key,
     value,
+    key_descriptor,
+    value_descriptor,
     output,
     query_tags,
     key_tags,
+    query_row,
+    key_row,
     counts,
     tiles,
+    columns,
+    cold,
     head_plan,
     key_head,
     query_batch_stride,
@@ -110,6 +148,10 @@ def _attention_kernel(
     batches,
     heads,
     plans,
+    query_orders,
+    key_orders,
+    tile_entries,
+    column_entries,
     query_length,
     key_length,
     scale_log2,
@@ -120,6 +162,7 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPANS: tl.constexpr,
@@ -130,20 +173,23 @@ def _attention_kernel(
     block = tl.cdiv(query_length, BLOCK_M) - 1 - program // (batches * heads)
     batch = (program // heads) % batches
     head = program % heads
-    copy = tl.load(key_head + head)
     plan = batch.to(tl.int64) * plans + tl.load(head_plan + head)
+    key_order = tl.load(key_row + plan)
+    copy = tl.load(key_head + head) + key_order
     query += batch.to(tl.int64) * query_batch_stride + head.to(tl.int64) * query_head_stride
     output += (batch.to(tl.int64) * query_length * heads + head) * D
-    if not DESCRIPTORS:
-        key += batch.to(tl.int64) * key_batch_stride + copy.to(tl.int64) * key_head_stride
-        value += batch.to(tl.int64) * value_batch_stride + copy.to(tl.int64) * value_head_stride
-    query_tags += plan * 3 * query_length
-    key_tags += plan * 3 * key_length
-    plan_row = plan * tl.cdiv(query_length, TILE) + block * BLOCK_M // TILE
-    full = tl.load(counts + plan_row * 2)
-    partial = tl.load(counts + plan_row * 2 + 1)
-    key_tiles = tl.cdiv(key_length, TILE)
-    tiles += plan_row * key_tiles
+    key += batch.to(tl.int64) * key_batch_stride + copy.to(tl.int64) * key_head_stride
+    value += batch.to(tl.int64) * value_batch_stride + copy.to(tl.int64) * value_head_stride
+    if DESCRIPTORS:
+        keys, values = key_descriptor, value_descriptor
+    else:
+        keys, values = key, value
+    query_tags += (batch.to(tl.int64) * query_orders + tl.load(query_row + plan)) * 3 * query_length
+    key_tags += (batch.to(tl.int64) * key_orders + key_order) * 3 * key_length
+    counts += (plan * tl.cdiv(query_length, TILE) + block * BLOCK_M // TILE) * 5
+    full = tl.load(counts + 1)
+    partial = tl.load(counts + 2)
+    tiles += plan * tile_entries + tl.load(counts)
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
@@ -158,19 +204,19 @@ def _attention_kernel(
     SPLIT: tl.constexpr = TILE // BLOCK_N
     for step in range(full * SPLIT):
         start = tl.load(tiles + step // SPLIT) * TILE + step % SPLIT * BLOCK_N
-        k = _load_tile(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True)
+        k = _load_tile(keys, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
         weights = tl.math.exp2(tl.math.fma(scores, scale_log2, -new_maximum[:, None]))
         decay = tl.math.exp2(maximum - new_maximum)
         total = total * decay + tl.sum(weights, 1)
-        v = _load_tile(value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True)
+        v = _load_tile(values, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, True)
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
         maximum = new_maximum
 
     for step in range(partial * SPLIT):
-        start = tl.load(tiles + (key_tiles - 1 - step // SPLIT)) * TILE + step % SPLIT * BLOCK_N
-        k = _load_tile(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False)
+        start = tl.load(tiles + full + step // SPLIT) * TILE + step % SPLIT * BLOCK_N
+        k = _load_tile(keys, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         slot = start + tl.arange(0, BLOCK_N)
         allowed = _allowed(
@@ -186,16 +232,42 @@ def _attention_kernel(
             SEGMENTS,
             SPANS,
         )
-        scores = tl.where(allowed, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # Rows that have seen no key yet keep a maximum of -inf; subtracting it would give NaN.
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.math.exp2(scores - shift[:, None])
-        decay = tl.math.exp2(maximum - shift)
-        total = total * decay + tl.sum(weights, 1)
-        v = _load_tile(value, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False)
+        if COLUMNS:
+            allowed &= tl.load(cold + plan * key_length + slot, mask=slot < key_length, other=False)[None, :]
+        weights, decay, maximum, total = _masked_weights(scores, allowed, maximum, total)
+        v = _load_tile(
+            values, batch, copy, start, value_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTORS, False
+        )
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
-        maximum = new_maximum
+
+    if COLUMNS:
+        columns += plan * column_entries + tl.load(counts + 3)
+        single = tl.load(counts + 4)
+        # Addresses of single rows take registers, which half as many scores leave free.
+        STEP: tl.constexpr = max(BLOCK_N // 2, 32)
+        for step in range(tl.cdiv(single, STEP)):
+            entry = step * STEP + tl.arange(0, STEP)
+            # Past the list the last column comes again, where no mask is needed to load it, and no query sees it.
+            source = tl.load(columns + tl.minimum(entry, single - 1))
+            slot = tl.where(entry < single, source, key_length)
+            k = _gather_rows(key, source, key_row_stride, D, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            allowed = _allowed(
+                query_tags,
+                key_tags,
+                q_position,
+                row,
+                slot,
+                query_length,
+                key_length,
+                window,
+                WINDOW,
+                SEGMENTS,
+                SPANS,
+            )
+            weights, decay, maximum, total = _masked_weights(scores, allowed, maximum, total)
+            v = _gather_rows(value, source, value_row_stride, D, BLOCK_D)
+            accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision="ieee")
 
     result = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
     target = output + row.to(tl.int64)[:, None] * (heads * D) + column[None, :]
@@ -231,10 +303,12 @@ def launch(
     with torch.cuda.device_of(query):
         _attention_kernel[grid](
             query,
+            key,  # columns are gathered through pointers, whatever loads the tiles
+            value,
             _descriptor(key, block) if descriptors else key,
             _descriptor(value, block) if descriptors else value,
             output,
-            *(tensor.contiguous() for tensor in walk[:4]),
+            *(tensor.contiguous() for tensor in walk[:8]),
             head_indices(walk.head_plan, query.device),
             head_indices(walk.key_head, query.device),
             *query.stride()[:3],
@@ -242,7 +316,11 @@ def launch(
             *value.stride()[:3],
             batch,
             heads,
-            walk.tiles.shape[1],
+            walk.counts.shape[1],
+            walk.query_tags.shape[1],
+            walk.key_tags.shape[1],
+            walk.tiles.shape[2],
+            walk.columns.shape[2],
             query_length,
             key_length,
             scale / math.log(2.0),
@@ -253,6 +331,7 @@ def launch(
             BLOCK_D=padded,
             TILE=TILE,
             DESCRIPTORS=descriptors,
+            COLUMNS=walk.columns.shape[2] > 0,
             WINDOW=walk.window is not None,
             SEGMENTS=walk.segments,
             SPANS=walk.spans,

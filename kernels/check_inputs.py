@@ -13,20 +13,22 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
-def check_permute(x: Tensor, order: Tensor, source_head: Sequence[int], row: Sequence[int]) -> None:
-    """Raises ValueError unless `permute` can run. x: [B, H, S, D], order: int32 [B, P, S]."""
-    _check_order(x, order)
+def check_permute(
+    x: Tensor, order: Tensor, rows: Tensor | None, source_head: Sequence[int], row: Sequence[int]
+) -> None:
+    """Raises ValueError unless `permute` can run. x: [B, H, S, D], order: int32 [B, O, S], rows: int32 [B, P]."""
+    _check_order(x, order, rows)
     if len(source_head) != len(row):
         raise ValueError(f"row has {len(row)} entries, source_head has {len(source_head)}; one each a copy")
     _check_indices("source_head", source_head, x.shape[1], "a head of x")
-    _check_indices("row", row, order.shape[1], "a row of order")
+    _check_row(row, order, rows)
 
 
-def check_unpermute(x: Tensor, order: Tensor, row: Sequence[int]) -> None:
-    """Raises ValueError unless `unpermute` can run. x: [B, H, S, D], order: int32 [B, P, S]."""
-    _check_order(x, order)
+def check_unpermute(x: Tensor, order: Tensor, rows: Tensor | None, row: Sequence[int]) -> None:
+    """Raises ValueError unless `unpermute` can run. x: [B, H, S, D], order: int32 [B, O, S], rows: int32 [B, P]."""
+    _check_order(x, order, rows)
     _check_length("row", row, x.shape[1], "heads of x")
-    _check_indices("row", row, order.shape[1], "a row of order")
+    _check_row(row, order, rows)
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> None:
@@ -42,22 +44,14 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, s
         _check_dtype(name, tensor, query.dtype, "the dtype of query")
     if not 1 <= width <= MAX_HEAD_DIM:
         raise ValueError(f"query has head dim {width}; from 1 to {MAX_HEAD_DIM}")
-    _check_rank("tiles", walk.tiles, 4, "[B, P, nQ, nK]")
-    plans, query_tiles, key_tiles = walk.tiles.shape[1], -(-query_length // TILE), -(-key_length // TILE)
-    _check_shape("query_tags", walk.query_tags, (batch, plans, 3, query_length))
-    _check_shape("key_tags", walk.key_tags, (batch, plans, 3, key_length))
-    _check_shape("counts", walk.counts, (batch, plans, query_tiles, 2))
-    _check_shape("tiles", walk.tiles, (batch, plans, query_tiles, key_tiles))
-    for name in ("query_tags", "key_tags", "counts", "tiles"):
-        _check_dtype(name, getattr(walk, name), torch.int32, "what plan returns")
-    for name in ("key", "value"):
-        _check_device(name, key if name == "key" else value, query)
-    for name in ("query_tags", "key_tags", "counts", "tiles"):
-        _check_device(name, getattr(walk, name), query)
+    key_orders, plans = _check_walk(walk, batch, query_length, key_length)
+    for name, tensor in (("key", key), ("value", value), *_tensors(walk)):
+        _check_device(name, tensor, query)
     _check_length("head_plan", walk.head_plan, heads, "heads of query")
     _check_indices("head_plan", walk.head_plan, plans, "a row of the plan")
     _check_length("key_head", walk.key_head, heads, "heads of query")
-    _check_indices("key_head", walk.key_head, copies, "a head of key")
+    what = "a head of key" if key_orders == 1 else f"the first of {key_orders} heads of key, one for each key order"
+    _check_indices("key_head", walk.key_head, copies - key_orders + 1, what)
     if walk.window is not None and walk.window < 1:
         raise ValueError(f"window={walk.window} allows no key; at least 1, or None for no window")
     # The running maximum is taken before scaling, which holds for no negative scale.
@@ -65,12 +59,51 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, s
         raise ValueError(f"scale={scale} is not usable; a finite number of at least 0")
 
 
-def _check_order(x: Tensor, order: Tensor) -> None:
+def _check_walk(walk: TileWalk, batch: int, query_length: int, key_length: int) -> tuple[int, int]:
+    """Key orders and plan rows of a walk, if its tensors fit each other and these sizes."""
+    layouts = ("[B, Oq, 3, Sq]", "[B, Ok, 3, Sk]", "[B, P]", "[B, P]", "[B, P, nQ, 5]", "[B, P, T]", "[B, P, C]")
+    for (name, tensor), layout in zip(_tensors(walk), (*layouts, "[B, P, Sk]"), strict=True):
+        _check_rank(name, tensor, layout.count(",") + 1, layout)
+    query_orders, key_orders, plans = (x.shape[1] for x in (walk.query_tags, walk.key_tags, walk.counts))
+    entries, columns = walk.tiles.shape[2], walk.columns.shape[2]
+    shapes = (
+        (batch, max(1, query_orders), 3, query_length),
+        (batch, max(1, key_orders), 3, key_length),
+        (batch, plans),
+        (batch, plans),
+        (batch, plans, -(-query_length // TILE), 5),
+        (batch, plans, entries),
+        (batch, plans, columns),
+        (batch, plans, key_length if columns else 0),
+    )
+    for (name, tensor), shape in zip(_tensors(walk), shapes, strict=True):
+        _check_shape(name, tensor, shape)
+        _check_dtype(name, tensor, torch.bool if name == "cold" else torch.int32, "what plan returns")
+    return key_orders, plans
+
+
+def _tensors(walk: TileWalk) -> list[tuple[str, Tensor]]:
+    return [(name, part) for name, part in walk._asdict().items() if isinstance(part, Tensor)]
+
+
+def _check_order(x: Tensor, order: Tensor, rows: Tensor | None) -> None:
     _check_rank("x", x, 4, "[B, H, S, D]")
-    _check_rank("order", order, 3, "[B, P, S]")
+    _check_rank("order", order, 3, "[B, O, S]")
     _check_shape("order", order, (x.shape[0], order.shape[1], x.shape[2]))
     _check_dtype("order", order, torch.int32, "slot -> position, as plan returns it")
     _check_device("order", order, x, "x")
+    if rows is not None:
+        _check_rank("rows", rows, 2, "[B, P]")
+        _check_shape("rows", rows, (x.shape[0], rows.shape[1]))
+        _check_dtype("rows", rows, torch.int32, "plan row -> row of order, as plan returns it")
+        _check_device("rows", rows, x, "x")
+
+
+def _check_row(row: Sequence[int], order: Tensor, rows: Tensor | None) -> None:
+    if rows is None:
+        _check_indices("row", row, order.shape[1], "a row of order")
+    else:
+        _check_indices("row", row, rows.shape[1], "a plan row of rows")
 
 
 def _check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:

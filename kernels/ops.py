@@ -1,4 +1,4 @@
-"""The torch ops `mminference::{plan, permute, unpermute, block_sparse_attention}`.
+"""The torch ops `mminference::{arrange, plan, permute, unpermute, block_sparse_attention}`.
 
 Importing this module registers schema, fake, CPU and CUDA. Arguments are checked before anything runs; the
 work is in the files by idea.
@@ -11,33 +11,39 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from mmcompile.kernels import arrange as arranging
 from mmcompile.kernels import block_sparse_cpu, permute_cpu
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels.check_inputs import check_attention, check_permute, check_unpermute
 from mmcompile.kernels.dense_attention import causal_attention, dense_attention
-from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.tile_walk import TileWalk
 
-_PLAN = (
+_ARRANGE = (
     "(Tensor? query, Tensor? key, Tensor offsets, Tensor modality, Tensor grid, Tensor? key_valid, "
     "Tensor? query_segment, Tensor? key_segment, Tensor? query_span, Tensor? key_span, SymInt batch, "
-    "SymInt query_length, SymInt key_length, SymInt query_offset, int? window, str patterns, float? density, "
-    "SymInt min_tokens) -> (Tensor query_order, Tensor key_order, Tensor query_tags, Tensor key_tags, "
-    "Tensor counts, Tensor tiles, Tensor density)"
+    "SymInt query_length, SymInt key_length, SymInt query_offset, str orders, SymInt min_tokens) -> "
+    "(Tensor query_order, Tensor key_order, Tensor query_tags, Tensor key_tags, Tensor query_site, Tensor key_site)"
 )
-_PERMUTE = "(Tensor x, Tensor order, int[] source_head, int[] row) -> Tensor"
-_UNPERMUTE = "(Tensor x, Tensor order, int[] row) -> Tensor"
+_PLAN = (
+    "(Tensor? query, Tensor? key, Tensor query_order, Tensor key_order, Tensor query_tags, Tensor key_tags, "
+    "Tensor query_site, Tensor key_site, Tensor offsets, Tensor modality, Tensor grid, SymInt query_offset, "
+    "float scale, int? window, bool segments, bool spans, str patterns, int[] heads, float? density, float? recall, "
+    "SymInt min_tokens) -> (Tensor query_row, Tensor key_row, Tensor counts, Tensor tiles, Tensor columns, "
+    "Tensor cold, Tensor density, Tensor recall)"
+)
+_PERMUTE = "(Tensor x, Tensor order, Tensor? rows, int[] source_head, int[] row) -> Tensor"
+_UNPERMUTE = "(Tensor x, Tensor order, Tensor? rows, int[] row) -> Tensor"
 _ATTENTION = (
-    "(Tensor query, Tensor key, Tensor value, Tensor query_tags, Tensor key_tags, Tensor counts, "
-    "Tensor tiles, int[] head_plan, int[] key_head, float scale, int? window, bool segments, bool spans, "
-    "SymInt min_tokens, bool only_causal=False) -> Tensor"
+    "(Tensor query, Tensor key, Tensor value, Tensor query_tags, Tensor key_tags, Tensor query_row, Tensor key_row, "
+    "Tensor counts, Tensor tiles, Tensor columns, Tensor cold, int[] head_plan, int[] key_head, float scale, "
+    "int? window, bool segments, bool spans, SymInt min_tokens, bool only_causal=False) -> Tensor"
 )
 
 _DEVICES = ("cpu", "cuda")
 
 
-@custom_op("mminference::plan", mutates_args=(), schema=_PLAN)
-def plan(
+@custom_op("mminference::arrange", mutates_args=(), schema=_ARRANGE)
+def arrange(
     query: Tensor | None,
     key: Tensor | None,
     offsets: Tensor,
@@ -52,17 +58,11 @@ def plan(
     query_length: int,
     key_length: int,
     query_offset: int,
-    window: int | None,
-    patterns: str,
-    density: float | None,
+    orders: str,
     min_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`kernels/plan.py`'s plan with tiles as [B, P, nQ * nK], and the density of each row, float32 [B, P].
-
-    Tiles have three dimensions here because torch asks of every tensor with four whether it is channels-last, and
-    for this one the answer would be a guard on the length: prefills on either side of one tile would recompile.
-    """
-    result = planning.plan(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`kernels/arrange.py`'s arrangement: orders of queries and keys, and their tags and sites in them."""
+    return arranging.arrange(
         query,
         key,
         offsets,
@@ -77,58 +77,114 @@ def plan(
         query_length,
         key_length,
         query_offset,
-        window,
-        patterns,
-        density,
+        orders,
         min_tokens,
     )
-    return *result._replace(tiles=result.tiles.flatten(2)), planning.density(result, window, min_tokens)
+
+
+@arrange.register_fake
+def _(
+    query, key, offsets, modality, grid, key_valid, query_segment, key_segment, query_span, key_span,
+    batch, query_length, key_length, query_offset, orders, min_tokens,
+):  # fmt: skip
+    shapes = arranging.arrangement_shapes(batch, query_length, key_length, orders)
+    return tuple(offsets.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+@custom_op("mminference::plan", mutates_args=(), schema=_PLAN)
+def plan(
+    query: Tensor | None,
+    key: Tensor | None,
+    query_order: Tensor,
+    key_order: Tensor,
+    query_tags: Tensor,
+    key_tags: Tensor,
+    query_site: Tensor,
+    key_site: Tensor,
+    offsets: Tensor,
+    modality: Tensor,
+    grid: Tensor,
+    query_offset: int,
+    scale: float,
+    window: int | None,
+    segments: bool,
+    spans: bool,
+    patterns: str,
+    heads: Sequence[int],
+    density: float | None,
+    recall: float | None,
+    min_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`kernels/plan.py`'s plan of an arrangement, and its density and estimated recall, float32 [B, P] each."""
+    arrangement = arranging.Arrangement(query_order, key_order, query_tags, key_tags, query_site, key_site)
+    result, stats = planning.plan(
+        query,
+        key,
+        arrangement,
+        offsets,
+        modality,
+        grid,
+        query_offset,
+        scale,
+        window,
+        segments,
+        spans,
+        patterns,
+        heads,
+        density,
+        recall,
+        min_tokens,
+    )
+    return *result, *stats
 
 
 @plan.register_fake
 def _(
-    query, key, offsets, modality, grid, key_valid, query_segment, key_segment, query_span, key_span,
-    batch, query_length, key_length, query_offset, window, patterns, density, min_tokens,
+    query, key, query_order, key_order, query_tags, key_tags, query_site, key_site, offsets, modality, grid,
+    query_offset, scale, window, segments, spans, patterns, heads, density, recall, min_tokens,
 ):  # fmt: skip
-    *shapes, tiles = planning.plan_shapes(batch, query_length, key_length, patterns)
-    shapes.append((*tiles[:2], tiles[2] * tiles[3]))
-    density = offsets.new_empty(tiles[:2], dtype=torch.float32)
-    return *(offsets.new_empty(shape, dtype=torch.int32) for shape in shapes), density
+    batch, _, query_length = query_order.shape
+    shapes = planning.plan_shapes(batch, query_length, key_order.shape[2], patterns, density)
+    *lists, cold = shapes
+    lists = [query_order.new_empty(shape) for shape in lists]
+    stats = [query_order.new_empty(shapes[0], dtype=torch.float32) for _ in range(2)]
+    return *lists, query_order.new_empty(cold, dtype=torch.bool), *stats
 
 
 @custom_op("mminference::permute", mutates_args=(), device_types=_DEVICES, schema=_PERMUTE)
-def permute(x: Tensor, order: Tensor, source_head: Sequence[int], row: Sequence[int]) -> Tensor:
-    """Copies of heads of x with their rows in the plan's order.
+def permute(x: Tensor, order: Tensor, rows: Tensor | None, source_head: Sequence[int], row: Sequence[int]) -> Tensor:
+    """Copies of heads of x with their rows in an arrangement's orders.
 
-    x: [B, H, S, D], any strides. order: int32 [B, P, S], slot -> position, each row a permutation.
-    source_head, row: for each of the J copies, its head of x and its row of order.
-    Returns contiguous [B, J, S, D]: `out[b, j, i] = x[b, source_head[j], order[b, row[j], i]]`.
+    x: [B, H, S, D], any strides. order: int32 [B, O, S], slot -> position, each row a permutation.
+    rows: int32 [B, P], the order of each plan row, or None where `row` names orders itself.
+    source_head, row: for each of the J copies, its head of x and its plan row.
+    Returns contiguous [B, J, S, D]: `out[b, j, i] = x[b, source_head[j], order[b, rows[b, row[j]], i]]`.
     Raises ValueError naming the argument, its value, and what would be right.
     """
-    check_permute(x, order, source_head, row)
-    return _row_copies(x.device).permute(x, order, source_head, row)
+    check_permute(x, order, rows, source_head, row)
+    return _row_copies(x.device).permute(x, order, rows, source_head, row)
 
 
 @permute.register_fake
-def _(x, order, source_head, row):
+def _(x, order, rows, source_head, row):
     return x.new_empty(x.shape[0], len(source_head), x.shape[2], x.shape[3])
 
 
 @custom_op("mminference::unpermute", mutates_args=(), device_types=_DEVICES, schema=_UNPERMUTE)
-def unpermute(x: Tensor, order: Tensor, row: Sequence[int]) -> Tensor:
+def unpermute(x: Tensor, order: Tensor, rows: Tensor | None, row: Sequence[int]) -> Tensor:
     """The inverse of `permute`: rows back from slots to positions.
 
-    x: [B, H, S, D], any strides. order: int32 [B, P, S], as in `permute`. row: the row of order of each head.
+    x: [B, H, S, D], any strides. order, rows: as in `permute`. row: the plan row of each head.
     Returns [B, H, S, D] in [B, S, H, D] memory, where a model merges its heads without a copy:
-    `out[b, h, order[b, row[h], i]] = x[b, h, i]`.
+    `out[b, h, order[b, rows[b, row[h]], i]] = x[b, h, i]`.
     Raises ValueError naming the argument, its value, and what would be right.
     """
-    check_unpermute(x, order, row)
-    return _row_copies(x.device).unpermute(x, order, row)
+    check_unpermute(x, order, rows, row)
+    return _row_copies(x.device).unpermute(x, order, rows, row)
 
 
 @unpermute.register_fake
-def _(x, order, row):
+def _(x, order, rows, row):
     return _merged_heads(x)
 
 
@@ -139,8 +195,12 @@ def block_sparse_attention(
     value: Tensor,
     query_tags: Tensor,
     key_tags: Tensor,
+    query_row: Tensor,
+    key_row: Tensor,
     counts: Tensor,
     tiles: Tensor,
+    columns: Tensor,
+    cold: Tensor,
     head_plan: Sequence[int],
     key_head: Sequence[int],
     scale: float,
@@ -150,19 +210,21 @@ def block_sparse_attention(
     min_tokens: int,
     only_causal: bool = False,
 ) -> Tensor:
-    """softmax(query key^T * scale) value over the tiles that a plan lists; 0 where a row has no key.
+    """softmax(query key^T * scale) value over the tiles and single keys that a plan lists; 0 where a row has no key.
 
     query: [B, H, Sq, D], key and value: [B, C, Sk, D], bfloat16, float16 or float32, any strides, in the slot
         order of their plan rows. Products accumulate in float32.
-    query_tags, key_tags, counts, tiles: from `plan`, the op. window, segments, spans: the parts of the element mask.
-    head_plan, key_head: plan row and key copy of each of the H heads.
+    query_tags, key_tags: from `arrange`. query_row, key_row, counts, tiles, columns, cold: from `plan`, the op.
+    window, segments, spans: the parts of the element mask.
+    head_plan: the plan row of each of the H heads. key_head: the copy of its keys in the first key order; the others
+        follow it.
     min_tokens: as given to `plan`; a shorter key length runs dense, with the element mask.
     only_causal: the element mask is known to be key <= query and nothing else, so that dense needs no mask.
     Returns [B, H, Sq, D] in [B, Sq, H, D] memory.
     Raises ValueError naming the argument, its value, and what would be right.
     """
-    rows = _rows(tiles, query_tags, key_tags)
-    walk = TileWalk(query_tags, key_tags, counts, rows, tuple(head_plan), tuple(key_head), window, segments, spans)
+    lists = (query_tags, key_tags, query_row, key_row, counts, tiles, columns, cold)
+    walk = TileWalk(*lists, tuple(head_plan), tuple(key_head), window, segments, spans)
     check_attention(query, key, value, walk, scale)
     if key.shape[2] < min_tokens:
         dense = causal_attention if only_causal else dense_attention
@@ -189,14 +251,6 @@ def _executor(device: torch.device) -> ModuleType:
     from mmcompile.kernels import block_sparse
 
     return block_sparse
-
-
-def _rows(tiles: Tensor, query_tags: Tensor, key_tags: Tensor) -> Tensor:
-    """The op's tiles, [B, P, nQ * nK], as the executors read them, [B, P, nQ, nK]."""
-    rows = [tile_count(tags.shape[-1]) for tags in (query_tags, key_tags)]
-    if tiles.dim() != 3 or tiles.shape[2] != rows[0] * rows[1]:
-        raise ValueError(f"tiles has shape {list(tiles.shape)}; [B, P, {rows[0]} * {rows[1]}] fits, as plan returns it")
-    return tiles.unflatten(2, rows)
 
 
 def _merged_heads(x: Tensor) -> Tensor:

@@ -4,10 +4,15 @@ Boundaries reach this file padded: `offsets` may repeat its last value (empty se
 tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-MODALITIES = 8  # ids 0..7: text, image, video, audio, and room
+from mmcompile.kernels.patterns import MODALITIES, TILE, Order
+
+NO_SITE = -1
+MAX_SITES = 2**24  # with three bits of modality a sort key fits int32
 
 
 def token_modality(offsets: Tensor, modality: Tensor, batch: int, length: int) -> Tensor:
@@ -26,32 +31,97 @@ def token_modality(offsets: Tensor, modality: Tensor, batch: int, length: int) -
     return known.masked_fill_(token >= ends[-1], 0).view(batch, length)
 
 
-def key_modality(query_modality: Tensor, key_length: int, query_offset: int) -> Tensor:
-    """The modality of each key. Key `k` is query token `k - query_offset`; keys outside the queries are 0.
+class TokenSites(NamedTuple):
+    """What tells a token's site, for each query token: int32 [B, S] each."""
 
-    query_modality: int32 [B, Sq]. Returns int32 [B, Sk].
+    modality: Tensor
+    place: Tensor  # tokens since the segment's first
+    frame: Tensor  # tokens of the segment's frames, 0 where unknown
+    row: Tensor  # tokens of its rows, 0 where unknown
+
+    @classmethod
+    def of(cls, offsets: Tensor, modality: Tensor, grid: Tensor, batch: int, length: int) -> "TokenSites":
+        """offsets: int32 [M + 1], modality: int32 [M], grid: int32 [M, 3] (frames, rows, columns)."""
+        of_token = token_modality(offsets, modality, batch, length)
+        token = torch.arange(batch * length, dtype=torch.int32, device=offsets.device)
+        if modality.shape[0] == 0:
+            none = torch.zeros_like(of_token)
+            return cls(
+                of_token, torch.arange(length, dtype=torch.int32, device=offsets.device).expand_as(none), none, none
+            )
+        ends = offsets[1:].to(torch.int32).contiguous()
+        segment = torch.searchsorted(ends, token, right=True).clamp_(max=modality.shape[0] - 1)
+        # A segment that no boundary tells (past the last offset) starts with its sequence.
+        start = torch.maximum(offsets[:-1].to(torch.int32)[segment], token - token % length)
+        rows, columns = grid[:, 1].to(torch.int32).clamp(min=0), grid[:, 2].to(torch.int32).clamp(min=0)
+        parts = (token - start, (rows * columns)[segment], columns[segment])
+        return cls(of_token, *(part.view(batch, length) for part in parts))
+
+    def sites(self, order: Order, searched: Tensor | None) -> Tensor:
+        """The site of each token, int32 [B, S]; `NO_SITE` for text and where nothing tells a stride.
+
+        searched: int32 [B], the stride found in the data, or None. Where a row of the batch holds text alone, nothing
+        told its modalities, and all of it counts as vision.
+        """
+        vision = (self.modality > 0) | ~(self.modality > 0).any(-1, keepdim=True)
+        if order.stride:
+            stride = torch.full_like(self.frame, order.stride)
+        elif order.base == "column":
+            stride = self.row
+        elif searched is None:
+            stride = self.frame
+        else:
+            stride = torch.where(self.frame > 0, self.frame, searched.to(torch.int32).unsqueeze(-1))
+        site = (self.place % stride.clamp(min=1)).clamp(max=MAX_SITES - 2)
+        return torch.where(vision & (stride > 0), site, NO_SITE)
+
+
+def token_order(order: Order, modality: Tensor, site: Tensor) -> Tensor:
+    """Tokens sorted by (modality if the order is grouped, site, position); equals keep their order (section 3).
+
+    modality, site: int32 [B, S]. Returns int32 [B, S], slot -> position.
     """
-    query_length = query_modality.shape[-1]
-    token = torch.arange(key_length, device=query_modality.device) - query_offset
+    batch, length = modality.shape
+    if order.base == "raster" and not order.grouped:
+        return torch.arange(length, dtype=torch.int32, device=modality.device).expand(batch, length)
+    if order.base == "raster":
+        return torch.argsort(modality.to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+    sort_key = site + 1
+    if order.grouped:
+        sort_key = sort_key + modality * MAX_SITES
+    return torch.argsort(sort_key, dim=-1, stable=True).to(torch.int32)
+
+
+def of_keys(of_query: Tensor, key_length: int, query_offset: int, outside: int) -> Tensor:
+    """What is known of query tokens, for the keys: key k is query token k - query_offset, other keys get `outside`.
+
+    of_query: int32 [B, Sq]. Returns int32 [B, Sk].
+    """
+    query_length = of_query.shape[-1]
+    token = torch.arange(key_length, device=of_query.device) - query_offset
     inside = (token >= 0) & (token < query_length)
-    known = query_modality[:, token.clamp(0, query_length - 1)]  # [B, Sk]
-    return torch.where(inside, known, torch.zeros_like(known))
+    return torch.where(inside, of_query[:, token.clamp(0, query_length - 1)], outside)
 
 
-def raster_order(batch: int, length: int, device: torch.device) -> Tensor:
-    """Every token in its own slot. Returns int32 [B, S], slot -> position."""
-    return torch.arange(length, dtype=torch.int32, device=device).expand(batch, length)
+def without_sink(site: Tensor, key_valid: Tensor | None) -> Tensor:
+    """Sites of keys with `NO_SITE` for the first valid keys, so that these stand together at the front.
 
-
-def modality_order(modality: Tensor) -> Tensor:
-    """Tokens grouped by modality id, in their old order within a group (arXiv 2504.16083, section 3.2).
-
-    modality: int32 [B, S]. Returns int32 [B, S], slot -> position.
+    site: int32 [B, Sk]. key_valid: bool [B, Sk] or None.
     """
-    return torch.argsort(modality.to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+    if key_valid is None:
+        rank = torch.arange(site.shape[1], device=site.device).expand_as(site)
+    else:
+        rank = key_valid.expand_as(site).cumsum(-1, dtype=torch.int32) - 1
+    return site.masked_fill(rank < TILE, NO_SITE)
 
 
 def slots(order: Tensor) -> Tensor:
     """The inverse of an order. order: int32 [B, S], slot -> position. Returns int32 [B, S], the other way."""
     slot = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
     return torch.empty_like(slot, memory_format=torch.contiguous_format).scatter_(-1, order.long(), slot)
+
+
+def in_tokens(in_slots: Tensor, order: Tensor) -> Tensor:
+    """What stands in the slots of an order, back in token order. in_slots: [B, ..., S], order: int32 [B, S]."""
+    slot = slots(order).long()
+    return in_slots.gather(-1, slot.view(slot.shape[0], *[1] * (in_slots.dim() - 2), -1).expand_as(in_slots))

@@ -1,52 +1,76 @@
-"""Planners: from boundaries, mask tensors and head patterns to orders, tags and tile lists.
+"""Planners: from boundaries, mask tensors, head patterns, queries and keys to tile lists and single keys.
 
 Everything stays on the device and no shape depends on data, so that a prefill never waits for the host. All
-masking comes from the tags; boundaries and patterns only steer which tiles are computed.
+masking comes from the tags; boundaries, patterns and estimates only steer which tiles are computed.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import SymInt, Tensor
 
 from mmcompile.kernels.a_shape import AShape, Intervals
-from mmcompile.kernels.orders import key_modality, modality_order, raster_order, slots, token_modality
-from mmcompile.kernels.patterns import HeadPattern, decode
-from mmcompile.kernels.tags import in_slots, key_tags, query_tags
+from mmcompile.kernels.arrange import Arrangement
+from mmcompile.kernels.levels import Everything, MassLevels, Nothing, OwnSites, Rings, latest_slots
+from mmcompile.kernels.lines import GridLines, vertical_slash
+from mmcompile.kernels.orders import in_tokens, of_keys, token_modality
+from mmcompile.kernels.pair_levels import PairLevels
+from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern, decode, distinct_orders
+from mmcompile.kernels.probes import Measured, Sighting, choose_orders
+from mmcompile.kernels.scene import Pair, Rows, Scene
+from mmcompile.kernels.scores import antidiagonal_mass, pooled_mass, sampled_mass
+from mmcompile.kernels.single_keys import LEAST_BLOCK, Columns, block_end_count, block_ends, list_own_keys
 from mmcompile.kernels.tile_bounds import TileBounds, row_chunks, tile_count
-from mmcompile.kernels.tile_list import TileChoice, choose, compact, distance_cut
+from mmcompile.kernels.tile_list import Layout, Levels, find_cut, list_tiles
+
+MANDATORY_TILES = 3 * TILE  # of a query tile: each query's nearest key, and where its sink starts and ends
+LEVELS_AT_ONCE = 2**27  # tiles of the plan rows that are estimated together: 256 MiB of levels
 
 
 class TilePlan(NamedTuple):
-    """Orders, tags and tile lists of P patterns; all int32.
+    """Tile lists and single keys of P plan rows; int32 unless said otherwise.
 
-    A row of `tiles` holds the indices of key tiles: `counts[..., 0]` full ones from the front, `counts[...,
-    1]` partial ones from the back (entry nK - 1 is a partial tile), -1 between. A full tile has every element
-    allowed. A tile known to have no allowed element is never listed.
+    For each query tile `counts` holds: first entry of its tiles, full tiles, partial tiles, first entry of its columns,
+    columns. A full tile has every element allowed. A tile known to have no allowed element is never listed. A key of a
+    column is attended there and through no tile.
     """
 
-    query_order: Tensor  # [B, P, Sq], slot -> query
-    key_order: Tensor  # [B, P, Sk], slot -> key
-    query_tags: Tensor  # [B, P, 3, Sq] in slot order: position (query + query_offset), segment, span
-    key_tags: Tensor  # [B, P, 3, Sk] in slot order: position (2^31 - 1 where not valid), segment, span
-    counts: Tensor  # [B, P, nQ, 2], full and partial
-    tiles: Tensor  # [B, P, nQ, nK]
+    query_row: Tensor  # [B, P], the query order of each row
+    key_row: Tensor  # [B, P], the key order
+    counts: Tensor  # [B, P, nQ, 5]
+    tiles: Tensor  # [B, P, T]: full tiles ascending, then partial ones, of one query tile after the other; -1 unused
+    columns: Tensor  # [B, P, C], key slots
+    cold: Tensor  # bool [B, P, Sk], False where a key of a column is; [B, P, 0] where C is 0
+
+
+class PlanStats(NamedTuple):
+    """What came of a plan, float32 [B, P]."""
+
+    density: Tensor  # computed tiles (128 columns of a query tile count as one) over the causal ones
+    recall: Tensor  # estimated share of the attention that they hold; NaN where nothing was estimated
 
 
 def plan_shapes(
-    batch: int | SymInt, query_length: int | SymInt, key_length: int | SymInt, patterns: str
+    batch: int | SymInt,
+    query_length: int | SymInt,
+    key_length: int | SymInt,
+    patterns: str,
+    density: float | None,
 ) -> tuple[tuple[int | SymInt, ...], ...]:
     """The shapes of a `TilePlan`, in its order. Lengths may be symbolic."""
-    rows = len(decode(patterns))
+    heads = decode(patterns)
     query_tiles, key_tiles = tile_count(query_length), tile_count(key_length)
+    columns = _column_room(heads, query_tiles, key_length, density)
+    tiles = _tile_room(heads, query_tiles, key_tiles, density)
     return (
-        (batch, rows, query_length),
-        (batch, rows, key_length),
-        (batch, rows, 3, query_length),
-        (batch, rows, 3, key_length),
-        (batch, rows, query_tiles, 2),
-        (batch, rows, query_tiles, key_tiles),
+        (batch, len(heads)),
+        (batch, len(heads)),
+        (batch, len(heads), query_tiles, 5),
+        (batch, len(heads), tiles),
+        (batch, len(heads), columns),
+        (batch, len(heads), key_length if isinstance(columns, SymInt) or columns > 0 else 0),
     )
 
 
@@ -55,159 +79,330 @@ def empty_plan(
     query_length: int | SymInt,
     key_length: int | SymInt,
     patterns: str,
+    density: float | None,
     device: torch.device,
 ) -> TilePlan:
     """An uninitialised, contiguous plan. Lengths may be symbolic."""
-    shapes = plan_shapes(batch, query_length, key_length, patterns)
-    return TilePlan(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
+    *shapes, cold = plan_shapes(batch, query_length, key_length, patterns, density)
+    lists = [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
+    return TilePlan(*lists, torch.empty(cold, dtype=torch.bool, device=device))  # type: ignore[call-arg]
 
 
 def plan(
     query: Tensor | None,
     key: Tensor | None,
+    arrangement: Arrangement,
     offsets: Tensor,
     modality: Tensor,
     grid: Tensor,
-    key_valid: Tensor | None,
-    query_segment: Tensor | None,
-    key_segment: Tensor | None,
-    query_span: Tensor | None,
-    key_span: Tensor | None,
-    batch: int,
-    query_length: int,
-    key_length: int,
     query_offset: int,
+    scale: float,
     window: int | None,
+    segments: bool,
+    spans: bool,
     patterns: str,
+    heads: Sequence[int],
     density: float | None,
+    recall: float | None,
     min_tokens: int,
-) -> TilePlan:
-    """Which tiles of attention to compute, for each of the P patterns.
+) -> tuple[TilePlan, PlanStats]:
+    """Which tiles of attention to compute, for each of the P plan rows.
 
-    query, key: [B, H, S, D], for patterns that estimate from data; no pattern does yet, so None serves.
-    offsets: int32 [M + 1], modality: int32 [M], grid: int32 [M, 3]: segments of the query tokens, laid end to
-        end over the batch (`batch * query_length`). Key k is query token `k - query_offset`; other keys, such
-        as a cached prefix, are modality 0. Segments may be empty, and may end past the tokens.
-    key_valid: bool [B, Sk]. query_segment, query_span: integer [B, Sq]; key_segment, key_span: [B, Sk]. None
-        where the mask has no such part. With tags.py's element mask they say what is allowed. A span is
-        contiguous.
-    query_offset: position of the first query among the keys. window: keys, or None.
-    patterns: from `patterns.encode`. density: None for the patterns as they are; 1.0 for every tile with an
-        allowed element; between, a cap on the listed tiles as a fraction of those, for each batch row and
-        pattern: the tiles of the sink and of each query's nearest key stay, the rest is kept nearest first.
-    min_tokens: shorter key lengths get raster orders and no tiles; attention then runs dense.
+    query: [B, H, Sq, D] in token order; key: [B, C, Sk, D], each key head in each key order, in slot order. None where
+        no pattern needs data.
+    arrangement: orders of `distinct_orders(patterns)`. offsets, modality, grid, query_offset: as it was made with.
+    scale: of the scores. window: keys, or None. segments, spans: whether the mask has such parts.
+    patterns: from `patterns.encode`, one a plan row. heads: the query head that a row is estimated for, else -1.
+    density: None for the patterns as they are; 1.0 for every tile with an allowed element; between, a cap on the
+        computed tiles as a fraction of those in raster order, for each plan row: the tiles of the sink and of each
+        query's nearest key stay, and of the rest the cap keeps what the pattern wants most.
+    recall: what "top_p" covers of each query tile's attention within the cap, instead of the patterns' `mass`.
+    min_tokens: shorter key lengths get no tiles; attention then runs dense.
 
     Raises ValueError naming the argument, its value, and what would be right.
     """
-    _require(batch, query_length, key_length, window, density)
-    _require_pair("segment", query_segment, key_segment)
-    _require_pair("span", query_span, key_span)
-    device = offsets.device
-    heads = decode(patterns)
-    tags = (
-        query_tags(batch, query_length, query_offset, query_segment, query_span, device),
-        key_tags(batch, key_length, key_valid, key_segment, key_span, device),
-    )
-    result = empty_plan(batch, query_length, key_length, patterns, device)
+    rows = decode(patterns)
+    _require(rows, heads, query, key, window, density, recall)
+    batch, _, query_length = arrangement.query_order.shape
+    key_length = arrangement.key_order.shape[2]
+    device = arrangement.query_order.device
+    result = empty_plan(batch, query_length, key_length, patterns, density, device)
+    stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
     if key_length < min_tokens:
-        return _without_tiles(result, *tags)
+        return _without_tiles(result), stats
     of_query = token_modality(offsets, modality, batch, query_length)
-    of_key = key_modality(of_query, key_length, query_offset)
-    for row, pattern in enumerate(heads):
-        one = TilePlan(*(part[:, row] for part in result))
-        _arrange(one, pattern, tags, (of_query, of_key))
-        bounds = TileBounds.of(one.query_tags, one.key_tags, window, query_segment is not None, query_span is not None)
-        choice = _choice(one, pattern, bounds, tags[1], of_key, density)
-        _list_tiles(one, choice, density)
-    return result
+    scene = Scene(
+        query,
+        key,
+        arrangement,
+        in_tokens(arrangement.key_tags[:, 0], arrangement.key_order[:, 0]),
+        of_query,
+        of_keys(of_query, key_length, query_offset, 0),
+        query_offset,
+        scale,
+        window,
+        segments,
+        spans,
+    )
+    causal = _causal_tiles(scene)
+    frame = (grid[:, 1].long() * grid[:, 2]).amax() if grid.shape[0] else offsets.new_zeros((), dtype=torch.int64)
+    for pattern, part in _groups(rows, scene):
+        of_heads = tuple(heads[part])
+        one = TilePlan(*(tensor[:, part] for tensor in result))
+        of_stats = PlanStats(*(stat[:, part] for stat in stats))
+        _plan_rows(scene, pattern, of_heads, _pairs(rows, pattern), frame, causal, density, recall, one, of_stats)
+    return result, stats
 
 
-def tile_counts(plan: TilePlan, window: int | None = None) -> Tensor:
-    """Listed tiles and tiles that hold an allowed element, int64 [B, P, 2]. window: as given to `plan`."""
-    batch, rows = plan.counts.shape[:2]
-    bounds = TileBounds.of(plan.query_tags.flatten(0, 1), plan.key_tags.flatten(0, 1), window)
-    non_empty = torch.zeros(batch * rows, dtype=torch.int64, device=plan.counts.device)
-    for chunk in row_chunks(*bounds.shape):
-        non_empty += bounds.non_empty(chunk).sum((1, 2))
-    return torch.stack([plan.counts.sum((2, 3)), non_empty.view(batch, rows)], -1)
+def _groups(rows: Sequence[HeadPattern], scene: Scene) -> Iterator[tuple[HeadPattern, slice]]:
+    """Runs of plan rows with one pattern, short enough that what is kept of each tile stays small."""
+    most = max(1, LEVELS_AT_ONCE // (scene.batch * scene.query_tiles * scene.key_tiles))
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or rows[end] != rows[start] or end - start == most:
+            yield rows[start], slice(start, end)
+            start = end
 
 
-def density(plan: TilePlan, window: int | None = None, min_tokens: int = 0) -> Tensor:
-    """Share of the tiles with an allowed element that the plan lists, float32 [B, P]; no host sync.
-
-    window, min_tokens: as given to `plan`. 1 where the length is under `min_tokens`, 0 where nothing is
-    allowed.
-    """
-    if plan.key_order.shape[-1] < min_tokens:
-        return torch.ones(plan.counts.shape[:2], device=plan.counts.device)
-    listed, non_empty = tile_counts(plan, window).unbind(-1)
-    return (listed.double() / non_empty.clamp(min=1)).float()
-
-
-def _arrange(one: TilePlan, pattern: HeadPattern, tags: Sequence[Tensor], modalities: Sequence[Tensor]) -> None:
-    """Writes the pattern's orders, and the tags in them."""
-    orders = (pattern.query_order, pattern.key_order)
-    parts = ((one.query_order, one.query_tags), (one.key_order, one.key_tags))
-    for order, (order_out, tags_out), tag, modality in zip(orders, parts, tags, modalities, strict=True):
-        if order == "modality":
-            order_out.copy_(modality_order(modality))
-            tags_out.copy_(in_slots(tag, order_out))
-        else:
-            order_out.copy_(raster_order(modality.shape[0], modality.shape[1], modality.device))
-            tags_out.copy_(tag)
-
-
-def _choice(
-    one: TilePlan,
+def _plan_rows(
+    scene: Scene,
     pattern: HeadPattern,
-    bounds: TileBounds,
-    key_tags: Tensor,
-    key_modality: Tensor,
+    heads: tuple[int, ...],
+    pairs: tuple[Pair, ...],
+    frame: Tensor,
+    causal: Tensor,
     density: float | None,
-) -> TileChoice:
-    """The tiles that the pattern chooses, and those that stay under any cap."""
-    by_modality = key_modality if pattern.key_order == "modality" else None
-    shape = AShape(one.query_tags, key_tags, by_modality, slots(one.key_order))
-    must = Intervals.stack([shape.sink(pattern.sink), shape.nearest(bounds.window)])
-    if pattern.kind == "dense" or density == 1.0:
-        return TileChoice(bounds, must, None, None)
-    may = shape.local(pattern.local)
-    if pattern.kind == "tri_shape":
-        may = Intervals.stack([may, shape.everything_for_last(pattern.last)])
-    return TileChoice(bounds, must, may, pattern.local if bounds.spans else None)
+    recall: float | None,
+    one: TilePlan,
+    stats: PlanStats,
+) -> None:
+    """Fill the plan rows of one pattern; `one` and `stats` are views of them.
+
+    pairs: the pairs of orders it may take. frame: tokens of a frame, int64 without dimensions, 0 where unknown. causal:
+    int64 [B], tiles of dense attention.
+    """
+    dense = density == 1.0
+    estimated = pattern.needs_data and not dense
+    by_site = tuple(key.base != "raster" for _, key in pattern.orders)
+    seen: Sighting | None = None
+    if pattern.kind == "top_p" and estimated:
+        rows, seen = choose_orders(scene, heads, pairs, by_site, pattern.columns, density)
+    else:
+        rows = Rows(scene, heads, pairs[:1], by_site[:1], torch.zeros_like(one.query_row, dtype=torch.int64))
+    one.query_row.copy_(rows.query_row)
+    one.key_row.copy_(rows.key_row)
+    layout, shape = _layout(rows, pattern)
+    counts = torch.empty_like(one.counts, memory_format=torch.contiguous_format).flatten(0, 1)
+    tiles = torch.empty_like(one.tiles, memory_format=torch.contiguous_format).flatten(0, 1)
+    counts.zero_()
+    if one.columns.shape[2]:
+        one.columns.zero_()
+        one.cold.fill_(True)
+    causal = causal.repeat_interleave(len(heads))
+    wanted = _Wanted(Everything(layout)) if dense else _wanted(rows, layout, shape, pattern, frame, seen)
+    columns = wanted.columns
+    if columns is not None:
+        _write(one.columns, columns.slots)
+        _write(one.cold, columns.cold)
+        counts[..., 4] = columns.counts
+    budget = None
+    if density is not None and not dense:
+        spent = -(-counts[..., 4].sum(-1, dtype=torch.int64) // TILE)
+        budget = (causal.double() * density).floor().long() - spent
+    cut = None if dense else find_cut(layout, wanted.levels, budget, _target(pattern, recall, wanted))
+    list_tiles(layout, wanted.levels, cut, None if columns is None else columns.hot_tiles(), counts, tiles)
+    if pattern.kind == "columns" and not dense:
+        own = list_own_keys(rows, layout, pattern.columns)
+        _write(one.columns, own.slots)
+        counts[..., 3], counts[..., 4] = own.first, own.counts
+    _write(one.counts, counts)
+    _write(one.tiles, tiles)
+    computed = counts[..., 1:3].sum((1, 2)).double() + counts[..., 4].sum(1).double() / TILE
+    _write(stats.density, (computed / causal.clamp(min=1)).float())
+    if estimated and pattern.kind != "columns":
+        measured = Measured.of(rows, None if columns is None else columns.cold) if seen is None else seen.measured
+        _write(stats.recall, measured.recall(counts, tiles))
 
 
-def _list_tiles(one: TilePlan, choice: TileChoice, density: float | None) -> None:
-    """Writes counts and tiles."""
-    cut = None if density is None or density == 1.0 else distance_cut(choice, density)
-    for rows in choice.bounds.chunks():
-        counts, tiles = compact(choose(choice, rows, cut), choice.bounds.full(rows))
-        one.counts[:, rows] = counts
-        one.tiles[:, rows] = tiles
+def _layout(rows: Rows, pattern: HeadPattern) -> tuple[Layout, AShape]:
+    """Where the tokens stand in each pair of orders, and the A-shape there."""
+    scene = rows.scene
+    query_tags = torch.stack([scene.arrangement.query_tags[:, query] for query, _ in rows.pairs], 1).flatten(0, 1)
+    key_tags = torch.stack([scene.arrangement.key_tags[:, key] for _, key in rows.pairs], 1).flatten(0, 1)
+    bounds = TileBounds.of(query_tags, key_tags, scene.window, scene.segments, scene.spans)
+    key_slot = torch.stack([scene.key_slot(key) for _, key in rows.pairs], 1).flatten(0, 1)
+    times = len(rows.pairs)
+    modality = scene.key_modality.repeat_interleave(times, 0) if pattern.boundary == "2d" else None
+    shape = AShape(query_tags, scene.key_tags.repeat_interleave(times, 0), modality, key_slot)
+    sink = pattern.sink
+    if _by_site(pattern):
+        # The first valid keys stand together there, a tile of them, but not those of each modality or segment.
+        sink = 1 if pattern.boundary == "2d" or scene.segments else min(sink, TILE)
+    must = Intervals.stack([shape.sink(sink), shape.nearest(bounds.window)])
+    return Layout(bounds, must, rows.pair), shape
 
 
-def _without_tiles(result: TilePlan, query_tags: Tensor, key_tags: Tensor) -> TilePlan:
-    """Raster orders, tags in them, no tiles."""
-    for order in (result.query_order, result.key_order):
-        order.copy_(torch.arange(order.shape[-1], dtype=torch.int32, device=order.device))
-    result.query_tags.copy_(query_tags.unsqueeze(1))
-    result.key_tags.copy_(key_tags.unsqueeze(1))
-    result.counts.zero_()
+class _Wanted(NamedTuple):
+    """What a pattern wants: tiles by levels, and single keys with the share of the attention that they hold."""
+
+    levels: Levels
+    columns: Columns | None = None
+    share: Tensor | None = None  # float [N]
+
+
+def _wanted(
+    rows: Rows, layout: Layout, shape: AShape, pattern: HeadPattern, frame: Tensor, seen: Sighting | None
+) -> _Wanted:
+    if not pattern.pairs:
+        return _of_kind(rows, layout, shape, pattern, frame, seen)
+    of_pairs = [
+        (query, key, _of_kind(rows, layout, shape, intra, frame, None).levels) for query, key, intra in pattern.pairs
+    ]
+    rest = _of_kind(rows, layout, shape, pattern, frame, seen)
+    return rest._replace(levels=PairLevels(rows, layout, of_pairs, rest.levels))
+
+
+def _of_kind(
+    rows: Rows, layout: Layout, shape: AShape, pattern: HeadPattern, frame: Tensor, seen: Sighting | None
+) -> _Wanted:
+    match pattern.kind:
+        case "dense":
+            return _Wanted(Rings(layout, None, None))
+        case "a_shape" | "tri_shape":
+            may = latest_slots(rows, pattern.local) if _by_site(pattern) else shape.local(pattern.local)
+            if pattern.kind == "tri_shape":
+                may = Intervals.stack([may, shape.everything_for_last(pattern.last)])
+            return _Wanted(Rings(layout, may, pattern.local if layout.bounds.spans else None))
+        case "sf_fixed":
+            stride = frame if pattern.stride == 0 else torch.full_like(frame, pattern.stride)
+            stride = stride.clamp(min=LEAST_BLOCK)
+            return _Wanted(Rings(layout, shape.since(stride), None), block_ends(rows, stride))
+        case "sf_strided":
+            arrangement = rows.scene.arrangement
+            query_site = torch.stack([arrangement.query_site[:, query] for query, _ in rows.pairs], 1).flatten(0, 1)
+            key_site = torch.stack([arrangement.key_site[:, key] for _, key in rows.pairs], 1).flatten(0, 1)
+            return _Wanted(OwnSites(layout, query_site, key_site))
+        case "vertical_slash":
+            columns, levels = vertical_slash(rows, layout, pattern)
+            return _Wanted(levels, columns)
+        case "grid":
+            return _Wanted(GridLines(rows, layout, pattern.lines))
+        case "columns":
+            return _Wanted(Nothing(layout))
+        case _:
+            return _most_attended(rows, layout, pattern, seen)
+
+
+def _most_attended(rows: Rows, layout: Layout, pattern: HeadPattern, seen: Sighting | None) -> _Wanted:
+    """Kind "top_p"."""
+    columns, share = (None, None) if seen is None else (seen.columns, seen.share)
+    levels = MassLevels(layout)
+    for part in layout.chunks():
+        if pattern.scores == "sampled":
+            mass = sampled_mass(rows, layout, part, None if columns is None else columns.cold)
+        else:
+            mass = {"pooled": pooled_mass, "antidiagonal": antidiagonal_mass}[pattern.scores](rows, layout, part)
+        levels.put(part, mass)
+    return _Wanted(levels, columns, share)
+
+
+def _target(pattern: HeadPattern, recall: float | None, wanted: _Wanted) -> Tensor | float | None:
+    """What tiles are to hold of the attention that is left to them: a share, or one for each plan row [N, 1]."""
+    if pattern.kind != "top_p" or pattern.pairs:
+        return None
+    target = pattern.mass if recall is None else recall
+    if wanted.share is None:
+        return float(target)
+    return ((target - wanted.share) / (1.0 - wanted.share).clamp(min=1e-6)).clamp(min=0.0).unsqueeze(-1)
+
+
+def _by_site(pattern: HeadPattern) -> bool:
+    return any(key.base != "raster" for _, key in pattern.orders)
+
+
+def _pairs(rows: Sequence[HeadPattern], pattern: HeadPattern) -> tuple[Pair, ...]:
+    """The pairs of orders that a pattern may take, as rows of the arrangement of all patterns of the plan."""
+    queries, keys = distinct_orders(rows)
+    return tuple((queries.index(query), keys.index(key)) for query, key in pattern.orders)
+
+
+def _causal_tiles(scene: Scene) -> Tensor:
+    """Tiles with an allowed element in raster order: what dense attention computes. int64 [B]."""
+    query_tags = in_tokens(scene.arrangement.query_tags[:, 0], scene.arrangement.query_order[:, 0])
+    bounds = TileBounds.of(query_tags, scene.key_tags, scene.window, scene.segments, scene.spans)
+    total = torch.zeros(scene.batch, dtype=torch.int64, device=query_tags.device)
+    for part in row_chunks(*bounds.shape):
+        total += bounds.non_empty(part).sum((1, 2))
+    return total
+
+
+def _write(target: Tensor, values: Tensor) -> None:
+    """values: [B * R, ...], into the front of target [B, R, ...], a view."""
+    values = values.unflatten(0, target.shape[:2])
+    if target.dim() == 3:
+        target = target[:, :, : values.shape[2]]
+    target.copy_(values)
+
+
+def _column_room(
+    patterns: Sequence[HeadPattern], query_tiles: int | SymInt, key_length: int | SymInt, density: float | None
+) -> int | SymInt:
+    """Entries of a plan row's list of single keys."""
+    room: int | SymInt = 0
+    if density == 1.0:
+        return room
+    for pattern in dict.fromkeys(patterns):
+        match pattern.kind:
+            case "vertical_slash":
+                own: int | SymInt = pattern.vertical
+            case "columns":
+                own = query_tiles * pattern.columns
+            case "sf_fixed":
+                own = block_end_count(key_length)
+            case _:
+                own = pattern.columns
+        room = torch.sym_max(room, own)
+    return room
+
+
+def _tile_room(
+    patterns: Sequence[HeadPattern], query_tiles: int | SymInt, key_tiles: int | SymInt, density: float | None
+) -> int | SymInt:
+    """Entries of a plan row's tile list: all tiles, or what the cap and the mandatory tiles can be at most."""
+    every = query_tiles * key_tiles
+    if density is None or density == 1.0:
+        return every
+    sink = max(pattern.sink // TILE for pattern in patterns) * MODALITIES
+    return every * math.ceil(density * 2**16) // 2**16 + query_tiles * (MANDATORY_TILES + sink)
+
+
+def _without_tiles(result: TilePlan) -> TilePlan:
+    """The first orders, no tiles."""
+    for tensor in result:
+        tensor.zero_()
     result.tiles.fill_(-1)
     return result
 
 
-def _require(batch: int, query_length: int, key_length: int, window: int | None, density: float | None) -> None:
-    for name, size in (("batch", batch), ("query_length", query_length), ("key_length", key_length)):
-        if size < 1:
-            raise ValueError(f"{name}={size} has nothing to attend; at least 1")
+def _require(
+    rows: Sequence[HeadPattern],
+    heads: Sequence[int],
+    query: Tensor | None,
+    key: Tensor | None,
+    window: int | None,
+    density: float | None,
+    recall: float | None,
+) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window={window} allows no key; at least 1, or None for no window")
-    if density is not None and not 0.0 < density <= 1.0:
-        raise ValueError(f"density={density} is not a fraction of the tiles; in (0, 1], or None")
-
-
-def _require_pair(name: str, of_query: Tensor | None, of_key: Tensor | None) -> None:
-    if (of_query is None) != (of_key is None):
-        missing = f"query_{name}" if of_query is None else f"key_{name}"
-        raise ValueError(f"{missing}=None while its pair is given; pass query_{name} and key_{name}, or neither")
+    for name, value in (("density", density), ("recall", recall)):
+        if value is not None and not 0.0 < value <= 1.0:
+            raise ValueError(f"{name}={value} is not a fraction; in (0, 1], or None")
+    if len(heads) != len(rows):
+        raise ValueError(f"heads has {len(heads)} entries; {len(rows)}, one for each of the patterns")
+    for row, (pattern, head) in enumerate(zip(rows, heads, strict=True)):
+        if pattern.needs_data and density != 1.0:
+            if query is None or key is None:
+                raise ValueError(f"patterns[{row}]: {pattern} is estimated from query and key; pass both")
+            if not 0 <= head < query.shape[1]:
+                raise ValueError(f"heads[{row}]={head} is not a head of query; from 0 to {query.shape[1] - 1}")

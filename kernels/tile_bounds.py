@@ -70,14 +70,19 @@ def _span_bounds(span: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _least(values: Tensor) -> Tensor:
-    return _by_tile(values, INVALID).amin(-1)
+    return by_tile(values, INVALID).amin(-1)
 
 
 def _greatest(values: Tensor, absent: int) -> Tensor:
-    return _by_tile(values, absent).amax(-1)
+    return by_tile(values, absent).amax(-1)
 
 
-def _by_tile(values: Tensor, absent: int) -> Tensor:
+def least_and_greatest(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each tile of [B, S], over the values that count; int32 [B, n], least above greatest where none does."""
+    return _least(values.masked_fill(~counted, INVALID)), _greatest(values.masked_fill(~counted, LEAST), LEAST)
+
+
+def by_tile(values: Tensor, absent: int) -> Tensor:
     missing = tile_count(values.shape[-1]) * TILE - values.shape[-1]
     return torch.nn.functional.pad(values, (0, missing), value=absent).unflatten(-1, (-1, TILE))  # [B, n, TILE]
 

@@ -17,7 +17,7 @@ from mmcompile.errors import UnsupportedSitesError
 from mmcompile.options import Options
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.pipeline import describe_graph, run_passes
-from mmcompile.prefill import CompiledPrefill
+from mmcompile.prefill import CompiledPrefill, tells_boundaries
 from mmcompile.report import describe_records
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ def mminference(
     `Options`, and mode goes to Inductor. A graph with nothing to rewrite reaches the inner backend untouched.
     """
     parsed = Options.parse(options)
-    rewritten = run_passes(module, **parsed.for_passes)
+    # Where the prompt's grids are told, no stride is searched, and one arrangement of the tokens serves all layers.
+    rewritten = run_passes(module, **parsed.for_passes, search_strides=not tells_boundaries(module))
     _log(rewritten.records, rewritten.module)
     if parsed.strict:
         _raise_on_refusal(rewritten.records)

@@ -19,7 +19,6 @@ import transformers
 import mmcompile
 from mmcompile.errors import OptionError
 from mmcompile.huggingface import example_inputs, load_model
-from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.report import Report
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
 from mmcompile.video import VideoError, read_frames
@@ -27,7 +26,6 @@ from mmcompile.video import VideoError, read_frames
 EXAMPLE_VIDEO = Path(__file__).parents[1] / "examples" / "moving_shapes.mp4"
 NEW_TOKENS = 8
 ROUNDING = 1e-4  # of float32 logits: what "the same as dense" may differ by
-SPARSE = HeadPattern("a_shape", sink=128, local=512, boundary="2d")
 
 Step = Callable[[str], None]
 
@@ -88,7 +86,7 @@ def settings(inner: str) -> tuple[Setting, Setting, Setting]:
     return (
         Setting("dense (eager PyTorch)", None),
         Setting("compiled, every tile", common | {"density": 1.0}),
-        Setting("compiled, A-shape (128, 512)", common | {"patterns": SPARSE}),
+        Setting("compiled, auto", common),
     )
 
 

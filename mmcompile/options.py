@@ -14,18 +14,22 @@ from mmcompile.passes.decide import Patterns
 from mmcompile.passes.pipeline import PASS_NAMES
 from mmcompile.tables import PatternTable
 
-# What "auto" stands for until patterns are chosen online: the paper's static setting, inside each modality.
-AUTO_PATTERN = HeadPattern("a_shape", sink=128, local=4096, boundary="2d")
+# What "auto" stands for: each head takes the order that holds the most of its attention in as many tiles, and in that
+# order the tiles and the single keys with the most attention.
+AUTO_PATTERN = HeadPattern("top_p", order="auto", columns=2048)
+AUTO_DENSITY = 0.2  # the cap under which "auto" plans where `density` names none
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of the backend, by the names `torch.compile(options={...})` takes.
 
-    patterns: "auto" (A-shape, 128 sink and 4096 local tokens, inside each modality), a `HeadPattern` for
-        every head, a `PatternTable`, or the path of a saved table.
+    patterns: "auto" (each head's order, tiles and single keys, estimated online from its queries and keys), a
+        `HeadPattern` for every head, a `PatternTable`, or the path of a saved table.
     density: cap on the computed tiles, as a fraction of the causal ones, in (0, 1]. 1.0 computes every
-        tile, which is dense attention; None leaves it to the patterns.
+        tile, which is dense attention; None leaves it to the patterns, and to "auto" a fifth.
+    recall: share of each query's attention that estimated patterns ("auto", "top_p") cover, within the cap, in (0, 1];
+        None leaves it to the patterns: 0.95 where they do not say.
     min_tokens: prefills with fewer keys run dense. On an H200 "auto" is no faster at 8192 tokens, where it computes
         three quarters of the tiles.
     strict: raise `UnsupportedSitesError` where an attention had to stay dense.
@@ -36,6 +40,7 @@ class Options:
 
     patterns: str | HeadPattern | PatternTable = "auto"
     density: float | None = None
+    recall: float | None = None
     min_tokens: int = 16384
     strict: bool = False
     inner: str = "inductor"
@@ -44,8 +49,10 @@ class Options:
     def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", _load_patterns(self.patterns))
         object.__setattr__(self, "disable", _checked_disable(self.disable))
-        if self.density is not None and (not _is_number(self.density) or not 0 < self.density <= 1):
-            raise OptionError(f"density={self.density!r}: must be a number in (0, 1], or None")
+        for name in ("density", "recall"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or not 0 < value <= 1):
+                raise OptionError(f"{name}={value!r}: must be a number in (0, 1], or None")
         if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
             raise OptionError(f"min_tokens={self.min_tokens!r}: must be an integer of at least 0")
         if not isinstance(self.strict, bool):
@@ -75,7 +82,8 @@ class Options:
         """The arguments that `run_passes` takes besides the graph."""
         return {
             "patterns": self.head_patterns,
-            "density": self.density,
+            "density": AUTO_DENSITY if self.density is None and self.patterns == "auto" else self.density,
+            "recall": self.recall,
             "min_tokens": self.min_tokens,
             "disable": self.disable,
         }

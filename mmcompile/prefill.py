@@ -1,15 +1,17 @@
 """Running a compiled prefill: supply the boundaries of this very call, keep what the plans report."""
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
+from mmcompile.kernels.patterns import HeadPattern, plan_rows
 from mmcompile.modality import ModalityBoundaries, bound_boundaries, unknown_boundaries
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.graph import Size, fake_value, placeholders, same_size
@@ -17,30 +19,80 @@ from mmcompile.passes.pipeline import Rewritten
 
 
 @dataclass(frozen=True)
+class HeadStats:
+    """What one head did in the last prefill, the mean over the batch.
+
+    density: computed tiles as a fraction of those that dense attention computes. recall: estimated share of the
+    attention that they hold; None where the pattern is known beforehand, so that nothing was estimated. target: the
+    share that was asked for; None where none was.
+    """
+
+    pattern: str
+    density: float
+    recall: float | None
+    target: float | None
+
+    @property
+    def falls_short(self) -> bool:
+        """Whether the estimate missed what was asked for: the cap on the tiles left no room for it."""
+        return self.recall is not None and self.target is not None and self.recall < self.target
+
+
+@dataclass(frozen=True)
 class SiteStats:
     """What one attention site did in the last prefill of its model.
 
-    density: computed tiles as a fraction of the tiles with an allowed element, the mean over the batch and the
-    site's distinct patterns; 1.0 where the prefill was shorter than `min_tokens` and ran dense.
+    density: the mean over its heads; 1.0 where the prefill was shorter than `min_tokens` and ran dense.
     """
 
     module_path: str
     layer: int | None
     density: float
     patterns: tuple[str, ...]
+    heads: tuple[HeadStats, ...]
+
+    @property
+    def recall(self) -> float | None:
+        """The mean estimated recall of the heads that have one."""
+        known = [head.recall for head in self.heads if head.recall is not None]
+        return sum(known) / len(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
-        return {
-            "module_path": self.module_path,
-            "layer": self.layer,
-            "density": self.density,
-            "patterns": list(self.patterns),
-        }
+        return asdict(self) | {"patterns": list(self.patterns), "recall": self.recall}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What turns a plan's figures into stats."""
+
+    record: SiteRecord
+    patterns: tuple[HeadPattern, ...]  # of each head
+    recall: float | None  # option
+
+    def stats(self, density: torch.Tensor, recall: torch.Tensor) -> SiteStats:
+        """density, recall: float [B, P]."""
+        row = plan_rows(self.patterns).of_head
+        densities, recalls = (figure.float().mean(0).tolist() for figure in (density, recall))
+        heads = [
+            HeadStats(str(pattern), densities[p], _known(recalls[p]), self._target(pattern))
+            for pattern, p in zip(self.patterns, row, strict=True)
+        ]
+        mean = sum(head.density for head in heads) / len(heads)
+        return SiteStats(self.record.module_path, self.record.layer, mean, self.record.patterns, tuple(heads))
+
+    def _target(self, pattern: HeadPattern) -> float | None:
+        if pattern.kind != "top_p":
+            return None
+        return pattern.mass if self.recall is None else self.recall
+
+
+def _known(figure: float) -> float | None:
+    return None if math.isnan(figure) else figure
 
 
 class CompiledPrefill:
-    """A compiled graph whose last inputs are the boundaries and whose last outputs are densities.
+    """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls.
 
     Boundaries come, first found first used, from `bind`, from multimodal rotary positions among this call's own
     inputs, or are unknown. Nothing is kept from one call to the next, so none can be stale.
@@ -50,7 +102,7 @@ class CompiledPrefill:
         site = rewritten.sparse[0].site
         own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
         self._compiled = compiled
-        self._records = tuple(decision.record for decision in rewritten.sparse)
+        self._sites = tuple(_Site(one.record, one.patterns, rewritten.recall) for one in rewritten.sparse)
         self._device = fake_value(site.query).device
         self._positions = _find_positions(own, site.batch, site.query_length)
         self._batch = _find_size(own, site.batch)
@@ -59,10 +111,10 @@ class CompiledPrefill:
 
     def __call__(self, *inputs: Any) -> Any:
         outputs = self._compiled(*inputs, *self._boundaries(inputs))
-        densities = outputs[-len(self._records) :]
+        own = len(outputs) - 2 * len(self._sites)
         if self._parameter is not None:
-            _last_prefills.keep(inputs[self._parameter], self._records, densities)
-        return outputs[: -len(self._records)]
+            _last_prefills.keep(inputs[self._parameter], self._sites, outputs[own:])
+        return outputs[:own]
 
     def _boundaries(self, inputs: Sequence[Any]) -> BoundaryTensors:
         bound = bound_boundaries()
@@ -75,6 +127,13 @@ class CompiledPrefill:
         if self._positions is not None:
             return boundaries_from_positions(inputs[self._positions])
         return unknown_boundaries(self._device)
+
+
+def tells_boundaries(module: fx.GraphModule) -> bool:
+    """Whether calls of the graph that is being compiled tell their boundaries: bound now, or among its inputs."""
+    values = (fake_value(node) for node in placeholders(module.graph))
+    positions = (isinstance(value, torch.Tensor) and is_multimodal_positions(value) for value in values)
+    return bound_boundaries() is not None or any(positions)
 
 
 def _find_positions(inputs: Sequence[fx.Node], batch: Size, length: Size) -> int | None:
@@ -113,33 +172,29 @@ def _find_parameter(inputs: Sequence[fx.Node]) -> int | None:
 
 
 class _LastPrefills:
-    """The densities of each model's last prefill, kept by one of the parameters that the graph was given."""
+    """What the plans of each model's last prefill reported, kept by one of the parameters that the graph was given."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[int, tuple[weakref.ref[Any], tuple[SiteRecord, ...], tuple[torch.Tensor, ...]]] = {}
+        self._kept: dict[int, tuple[weakref.ref[Any], tuple[_Site, ...], tuple[torch.Tensor, ...]]] = {}
 
-    def keep(self, parameter: torch.Tensor, records: tuple[SiteRecord, ...], densities: Sequence[torch.Tensor]) -> None:
+    def keep(self, parameter: torch.Tensor, sites: tuple[_Site, ...], figures: Sequence[torch.Tensor]) -> None:
         key = id(parameter)
 
         def forget(_: object) -> None:
             self._kept.pop(key, None)
 
         with self._lock:
-            self._kept[key] = (weakref.ref(parameter, forget), records, tuple(densities))
+            self._kept[key] = (weakref.ref(parameter, forget), sites, tuple(figures))
 
     def of(self, model: nn.Module) -> list[SiteStats]:
         stats = []
         for parameter in model.parameters():
             kept = self._kept.get(id(parameter))
             if kept is not None and kept[0]() is parameter:
-                _, records, densities = kept
-                stats += [_site_stats(*pair) for pair in zip(records, densities, strict=True)]
+                _, sites, figures = kept
+                stats += [site.stats(*figures[2 * i : 2 * i + 2]) for i, site in enumerate(sites)]
         return stats
-
-
-def _site_stats(record: SiteRecord, density: torch.Tensor) -> SiteStats:
-    return SiteStats(record.module_path, record.layer, float(density.mean()), record.patterns)
 
 
 _last_prefills = _LastPrefills()

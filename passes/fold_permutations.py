@@ -15,12 +15,12 @@ def fold_permutations(module: fx.GraphModule) -> int:
     """
     folded = 0
     for permute in module.graph.find_nodes(op="call_function", target=_OPS.permute.default):
-        inner, order, source_head, rows = permute.args
+        inner, order, rows, source_head, row = permute.args
         if inner.target is not _OPS.unpermute.default:
             continue
-        source, inner_order, inner_rows = inner.args
+        source, inner_order, inner_rows, inner_row = inner.args
         every_head_once = list(source_head) == list(range(fake_value(source).shape[1]))
-        if inner_order is order and list(inner_rows) == list(rows) and every_head_once:
+        if (inner_order, inner_rows, list(inner_row)) == (order, rows, list(row)) and every_head_once:
             permute.replace_all_uses_with(source)
             erase_if_unused(module.graph, [permute])
             folded += 1

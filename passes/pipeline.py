@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
 from mmcompile.passes.decide import Decision, Patterns, SiteRecord, decide, record_unread
 from mmcompile.passes.find_attention import find_attention, find_unread
 from mmcompile.passes.fold_permutations import fold_permutations
 from mmcompile.passes.graph import copy_graph, fake_value, output_node
-from mmcompile.passes.rewrite_attention import rewrite_attention
+from mmcompile.passes.rewrite_attention import Budget, rewrite_attention
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +24,15 @@ class Rewritten:
     """A graph after the passes.
 
     `module` is the caller's own module, untouched, where nothing became sparse. Otherwise it is a copy with
-    three more inputs (`boundaries`), and with one more output a rewritten site: the site's realised density
-    [B, P], in the order of `sparse`.
+    three more inputs (`boundaries`), and with two more outputs a rewritten site: the site's realised density and its
+    estimated recall, [B, P] each, in the order of `sparse`.
     """
 
     module: fx.GraphModule
     records: tuple[SiteRecord, ...]
     sparse: tuple[Decision, ...]
     boundaries: BoundaryInputs | None
+    recall: float | None = None  # the option, as given to `run_passes`
 
 
 def run_passes(
@@ -38,12 +40,19 @@ def run_passes(
     patterns: Patterns,
     *,
     density: float | None = None,
+    recall: float | None = None,
     min_tokens: int = 0,
     disable: Sequence[str] = (),
+    search_strides: bool = True,
 ) -> Rewritten:
-    """Find, decide, add boundaries, rewrite, fold. `module` itself is never edited."""
+    """Find, decide, add boundaries, rewrite, fold. `module` itself is never edited.
+
+    search_strides: look for the frames of video tokens without a known grid in each layer's own queries and keys.
+    """
     # The copy comes first: reading decisions off the graph that will be edited keeps one set of nodes.
     copy = copy_graph(module)
+    if density == 1.0:  # every tile: no pattern chooses, and no order helps
+        patterns = HeadPattern()
     decisions = decide(find_attention(copy), patterns, min_tokens)
     records = (*(decision.record for decision in decisions), *map(record_unread, find_unread(copy)))
     sparse = tuple(decision for decision in decisions if decision.record.sparse)
@@ -51,14 +60,16 @@ def run_passes(
         return Rewritten(module, records, (), None)
 
     boundaries = add_boundaries(copy, fake_value(sparse[0].site.query).device)
-    result = rewrite_attention(copy, sparse, boundaries, density=density, min_tokens=min_tokens)
-    log.info("rewrite_attention: %d sites on %d plans", len(sparse), result.plans)
+    result = rewrite_attention(copy, sparse, boundaries, Budget(density, recall, min_tokens, search_strides))
+    log.info(
+        "rewrite_attention: %d sites on %d plans and %d arrangements", len(sparse), result.plans, result.arrangements
+    )
     if "fold_permutations" not in disable:
         log.info("fold_permutations: %d pairs", fold_permutations(copy))
-    _append_outputs(copy, [density_node for _, density_node in result.densities])
+    _append_outputs(copy, [node for _, plan in result.planned for node in (plan.density, plan.recall)])
     copy.graph.lint()
     copy.recompile()
-    return Rewritten(copy, records, sparse, boundaries)
+    return Rewritten(copy, records, sparse, boundaries, recall)
 
 
 def _append_outputs(module: fx.GraphModule, nodes: list[fx.Node]) -> None:

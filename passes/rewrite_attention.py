@@ -1,4 +1,4 @@
-"""Rewrite each sparse site into plan -> permute -> block-sparse attention -> unpermute."""
+"""Rewrite each sparse site into arrange -> plan -> permute -> block-sparse attention -> unpermute."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
-from mmcompile.kernels.patterns import HeadPattern, distinct, encode
+from mmcompile.kernels.patterns import KeyCopies, Order, PlanRows, distinct_orders, encode, encode_orders, plan_rows
 from mmcompile.passes.add_boundaries import BoundaryInputs
 from mmcompile.passes.decide import Decision
 from mmcompile.passes.emit_mask import MaskNodes, emit_mask
@@ -19,56 +19,85 @@ _OPS = torch.ops.mminference
 
 
 @dataclass(frozen=True)
-class PlanNodes:
-    """The outputs of one `mminference::plan` call as nodes."""
+class ArrangementNodes:
+    """The outputs of one `mminference::arrange` call as nodes, and what it was called with."""
 
     query_order: fx.Node
     key_order: fx.Node
     query_tags: fx.Node
     key_tags: fx.Node
+    query_site: fx.Node
+    key_site: fx.Node
+    offset: Any  # position of the first query among the keys: a node or a number
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        return self.query_order, self.key_order, self.query_tags, self.key_tags, self.query_site, self.key_site
+
+
+@dataclass(frozen=True)
+class PlanNodes:
+    """The outputs of one `mminference::plan` call as nodes."""
+
+    query_row: fx.Node
+    key_row: fx.Node
     counts: fx.Node
     tiles: fx.Node
+    columns: fx.Node
+    cold: fx.Node
     density: fx.Node
+    recall: fx.Node
+
+    @property
+    def lists(self) -> tuple[fx.Node, ...]:
+        return self.query_row, self.key_row, self.counts, self.tiles, self.columns, self.cold
 
 
 @dataclass
 class RewriteResult:
-    """What the rewrite changed: the density node of each rewritten site, and how many plans serve them."""
+    """What the rewrite changed: each rewritten site with its plan, and how many plans and arrangements serve them."""
 
-    densities: list[tuple[Decision, fx.Node]] = field(default_factory=list)
+    planned: list[tuple[Decision, PlanNodes]] = field(default_factory=list)
     plans: int = 0
+    arrangements: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan may compute: options of the backend, the same for every site."""
+
+    density: float | None
+    recall: float | None
+    min_tokens: int
+    search_strides: bool = True
 
 
 def rewrite_attention(
-    module: fx.GraphModule,
-    decisions: Sequence[Decision],
-    boundaries: BoundaryInputs,
-    *,
-    density: float | None,
-    min_tokens: int,
+    module: fx.GraphModule, decisions: Sequence[Decision], boundaries: BoundaryInputs, budget: Budget
 ) -> RewriteResult:
-    """Rewrite the sparse decisions in place; sites with the same mask, lengths and patterns share one plan."""
+    """Rewrite the sparse decisions in place.
+
+    Sites with the same mask, lengths and orders share one arrangement, and one plan where their patterns are the same
+    and known beforehand: what is estimated from queries and keys is each site's own.
+    """
     result = RewriteResult()
+    arrangements: dict[Any, ArrangementNodes] = {}
     plans: dict[Any, PlanNodes] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     for decision in decisions:
-        decision = _after(decision, replaced)
-        site = decision.site
-        assert decision.mask is not None
-        patterns, head_plan = distinct(decision.patterns)
-        key = (
-            *(size_key(size) for size in (site.batch, site.query_length, site.key_length)),
-            site.mask,
-            decision.mask,
-            patterns,
-        )
-        with module.graph.inserting_before(site.node):
-            if key not in plans:
-                plans[key] = _emit_plan(module.graph, decision, patterns, boundaries, density, min_tokens)
-            output = _emit_attention(module.graph, decision, patterns, list(head_plan), plans[key], min_tokens)
-            replaced[site.node] = _replace(module.graph, site.node, output)
-        result.densities.append((decision, plans[key].density))
-    result.plans = len(plans)
+        site = _Site(module.graph, _after(decision, replaced), boundaries, budget)
+        with module.graph.inserting_before(decision.site.node):
+            key = site.mask_key, site.orders, decision.site.node if site.searches else None
+            if key not in arrangements:
+                arrangements[key] = site.arrange()
+            site.permute_keys(arrangements[key])
+            plan_key = key, site.rows.patterns, decision.site.node if site.needs_data else None
+            if plan_key not in plans:
+                plans[plan_key] = site.plan(arrangements[key])
+            output = site.attend(arrangements[key], plans[plan_key])
+            replaced[decision.site.node] = _replace(module.graph, decision.site.node, output)
+        result.planned.append((decision, plans[plan_key]))
+    result.plans, result.arrangements = len(plans), len(arrangements)
     erase_if_unused(module.graph, dict.fromkeys(decision.site.mask for decision in decisions))
     return result
 
@@ -80,114 +109,112 @@ def _after(decision: Decision, replaced: Mapping[fx.Node, fx.Node]) -> Decision:
     return replace(decision, site=replace(site, **{k: replaced.get(v, v) for k, v in operands.items()}))
 
 
-def _emit_plan(
-    graph: fx.Graph,
-    decision: Decision,
-    patterns: Sequence[HeadPattern],
-    boundaries: BoundaryInputs,
-    density: float | None,
-    min_tokens: int,
-) -> PlanNodes:
-    site, spec = decision.site, decision.mask
-    assert spec is not None
-    batch, query_length, key_length = (
-        size_argument(graph, site.query, 0),
-        size_argument(graph, site.query, 2),
-        size_argument(graph, site.key, 2),
-    )
-    rows: MaskNodes = emit_mask(graph, spec, batch, query_length, key_length)
-    plan = call(
-        graph,
-        _OPS.plan.default,
-        (
-            None,  # queries and keys: the static patterns look at neither
-            None,
-            *boundaries.nodes,
+class _Site:
+    """One site on its way through the ops. Calls go where the graph inserts."""
+
+    def __init__(self, graph: fx.Graph, decision: Decision, boundaries: BoundaryInputs, budget: Budget) -> None:
+        assert decision.mask is not None
+        self.graph, self.site, self.spec = graph, decision.site, decision.mask
+        self.boundaries, self.budget = boundaries, budget
+        self.rows: PlanRows = plan_rows(decision.patterns)
+        self.orders = distinct_orders(self.rows.patterns)
+        self.query, self.key, self.value = self.site.query, self.site.key, self.site.value
+        self.copies = KeyCopies.of(int(self.site.kv_heads), len(self.orders[1]))
+        self.scale = self.site.head_dim**-0.5 if self.site.scale is None else self.site.scale
+
+    @property
+    def mask_key(self) -> tuple[Any, ...]:
+        sizes = (self.site.batch, self.site.query_length, self.site.key_length)
+        return (*map(size_key, sizes), self.site.mask, self.spec)
+
+    @property
+    def searches(self) -> bool:
+        return self.budget.search_strides and any(order.searches for orders in self.orders for order in orders)
+
+    @property
+    def needs_data(self) -> bool:
+        estimated = any(pattern.needs_data for pattern in self.rows.patterns) and self.budget.density != 1.0
+        return estimated or self.searches
+
+    def arrange(self) -> ArrangementNodes:
+        sizes = [
+            size_argument(self.graph, node, dim) for node, dim in ((self.query, 0), (self.query, 2), (self.key, 2))
+        ]
+        rows: MaskNodes = emit_mask(self.graph, self.spec, *sizes)
+        arguments = (
+            *((self.query, self.key) if self.searches else (None, None)),
+            *self.boundaries.nodes,
             rows.key_valid,
             rows.query_segment,
             rows.key_segment,
             rows.query_span,
             rows.key_span,
-            batch,
-            query_length,
-            key_length,
+            *sizes,
             rows.offset,
-            spec.window,
-            encode(patterns),
-            density,
-            min_tokens,
-        ),
-    )
-    return PlanNodes(*(call(graph, operator.getitem, (plan, i)) for i in range(len(fake_value(plan)))))
+            encode_orders(*self.orders),
+            self.budget.min_tokens,
+        )
+        return ArrangementNodes(*self._outputs(_OPS.arrange.default, arguments), rows.offset)  # type: ignore[call-arg]
 
+    def permute_keys(self, arrangement: ArrangementNodes) -> None:
+        if self.orders[1] == (Order(),):
+            return
+        copies = (arrangement.key_order, None, list(self.copies.sources), list(self.copies.rows))
+        self.key = call(self.graph, _OPS.permute.default, (self.key, *copies))
+        self.value = call(self.graph, _OPS.permute.default, (self.value, *copies))
 
-def _emit_attention(
-    graph: fx.Graph,
-    decision: Decision,
-    patterns: Sequence[HeadPattern],
-    head_plan: list[int],
-    plan: PlanNodes,
-    min_tokens: int,
-) -> fx.Node:
-    site, spec = decision.site, decision.mask
-    assert spec is not None
-    query, key, value = site.query, site.key, site.value
-    permutes_queries = any(pattern.query_order != "raster" for pattern in patterns)
-    if permutes_queries:
-        query = call(graph, _OPS.permute.default, (query, plan.query_order, list(range(site.heads)), head_plan))
-    copies = _key_copies(decision, head_plan)
-    if any(pattern.key_order != "raster" for pattern in patterns):
-        sources, rows = list(copies.sources), list(copies.rows)
-        key = call(graph, _OPS.permute.default, (key, plan.key_order, sources, rows))
-        value = call(graph, _OPS.permute.default, (value, plan.key_order, sources, rows))
-    output = call(
-        graph,
-        _OPS.block_sparse_attention.default,
-        (
+    def plan(self, arrangement: ArrangementNodes) -> PlanNodes:
+        arguments = (
+            # Patterns that look at neither are planned once for all layers.
+            *((self.query, self.key) if self.needs_data else (None, None)),
+            *arrangement.outputs,
+            *self.boundaries.nodes,
+            arrangement.offset,
+            self.scale,
+            *self._mask_parts(),
+            encode(self.rows.patterns),
+            list(self.rows.heads),
+            self.budget.density,
+            self.budget.recall,
+            self.budget.min_tokens,
+        )
+        return PlanNodes(*self._outputs(_OPS.plan.default, arguments))
+
+    def attend(self, arrangement: ArrangementNodes, plan: PlanNodes) -> fx.Node:
+        of_head = list(self.rows.of_head)
+        permutes = self.orders[0] != (Order(),)
+        query = self.query
+        if permutes:
+            heads = list(range(self.site.heads))
+            query = call(
+                self.graph, _OPS.permute.default, (query, arrangement.query_order, plan.query_row, heads, of_head)
+            )
+        arguments = (
             query,
-            key,
-            value,
-            plan.query_tags,
-            plan.key_tags,
-            plan.counts,
-            plan.tiles,
-            head_plan,
-            list(copies.of_head),
-            site.head_dim**-0.5 if site.scale is None else site.scale,
-            spec.window,
-            spec.query_segment is not None,
-            spec.query_span is not None,
-            min_tokens,
-            spec.is_only_causal,
-        ),
-    )
-    if permutes_queries:
-        output = call(graph, _OPS.unpermute.default, (output, plan.query_order, head_plan))
-    return output
+            self.key,
+            self.value,
+            arrangement.query_tags,
+            arrangement.key_tags,
+            *plan.lists,
+            of_head,
+            list(self.copies.of_head(int(self.site.heads))),
+            self.scale,
+            *self._mask_parts(),
+            self.budget.min_tokens,
+            self.spec.is_only_causal,
+        )
+        output = call(self.graph, _OPS.block_sparse_attention.default, arguments)
+        if permutes:
+            unpermuted = (output, arrangement.query_order, plan.query_row, of_head)
+            output = call(self.graph, _OPS.unpermute.default, unpermuted)
+        return output
 
+    def _mask_parts(self) -> tuple[int | None, bool, bool]:
+        return self.spec.window, self.spec.query_segment is not None, self.spec.query_span is not None
 
-@dataclass(frozen=True)
-class _KeyCopies:
-    """Which copies of keys and values to make: each KV head once for every key order its heads use."""
-
-    sources: tuple[int, ...]  # KV head of each copy
-    rows: tuple[int, ...]  # a plan row that has the copy's order
-    of_head: tuple[int, ...]  # the copy that each query head reads
-
-
-def _key_copies(decision: Decision, head_plan: Sequence[int]) -> _KeyCopies:
-    site = decision.site
-    group = site.heads // site.kv_heads
-    copies: dict[tuple[int, str], int] = {}
-    rows: list[int] = []
-    of_head = []
-    for head, pattern in enumerate(decision.patterns):
-        wanted = (head // group, pattern.key_order)
-        if wanted not in copies:
-            copies[wanted] = len(copies)
-            rows.append(head_plan[head])
-        of_head.append(copies[wanted])
-    return _KeyCopies(tuple(head for head, _ in copies), tuple(rows), tuple(of_head))
+    def _outputs(self, op: Any, arguments: tuple[Any, ...]) -> list[fx.Node]:
+        outputs = call(self.graph, op, arguments)
+        return [call(self.graph, operator.getitem, (outputs, i)) for i in range(len(fake_value(outputs)))]
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:

@@ -12,9 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
 from mmcompile.kernels import block_sparse, reference
+from mmcompile.kernels.attend import plan_attention, sparse_attention
 from mmcompile.kernels.attention_config import LARGE, SMALL, attention_config, takes_descriptors
 from mmcompile.kernels.flex import block_mask, flex_attention_on_plan
-from mmcompile.kernels.patterns import TILE, HeadPattern, encode
+from mmcompile.kernels.patterns import TILE, HeadPattern
 from mmcompile.kernels.tile_walk import TileWalk
 from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of
 
@@ -22,6 +23,8 @@ OPS = torch.ops.mminference
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 WIDTHS = [32, 64, 80, 96, 128, 256]
 CASE = WalkCase(batch=2, query_length=700, key_length=900, query_offset=200, heads=6, copies=2, plans=2, density=0.6)
+AUTO = HeadPattern("top_p", order="auto", columns=64)
+GRID = HeadPattern("grid", lines="hvs")
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic.*")]
 
 
@@ -40,7 +43,7 @@ def on_gpu(walk: TileWalk) -> TileWalk:
 def op_arguments(walk: TileWalk, scale: float, min_tokens: int = 0) -> list:
     """What the op takes after query, key and value."""
     maps = [list(walk.head_plan), list(walk.key_head), scale]
-    return [*walk[:3], walk.tiles.flatten(2), *maps, *walk[6:], min_tokens]
+    return [*walk[:8], *maps, *walk[10:], min_tokens]
 
 
 def attend(inputs: list[Tensor], walk: TileWalk, scale: float) -> Tensor:
@@ -55,14 +58,16 @@ def assert_exact(output: Tensor, inputs: list[Tensor], walk: TileWalk) -> None:
 
 def causal_walk(length: int, pattern: HeadPattern, heads: int, copies: int, density: float | None = None) -> TileWalk:
     """One pattern for all heads, over one sequence on the GPU."""
-    boundaries = [torch.tensor([0, length]), torch.tensor([0]), torch.zeros(1, 3)]
-    boundaries = [part.to("cuda", torch.int32) for part in boundaries]
-    sizes = [1, length, length, 0, None]
-    arguments = [*boundaries, *[None] * 5, *sizes, encode([pattern]), density, 0]
-    _, _, query_tags, key_tags, counts, tiles, _ = OPS.plan(None, None, *arguments)
-    tiles = tiles.unflatten(2, (counts.shape[2], -1))
-    key_head = tuple(head * copies // heads for head in range(heads))
-    return TileWalk(query_tags, key_tags, counts, tiles, (0,) * heads, key_head, None, False, False)
+    query, key = (torch.empty(1, count, length, 0, device="cuda") for count in (heads, copies))
+    planned = plan_attention(query, key, pattern, one_segment(length), scale=1.0, density=density)
+    arrangement, lists = planned.arrangement, planned.lists
+    key_head = planned.copies.of_head(heads)
+    return TileWalk(*arrangement[2:4], *lists, planned.rows.of_head, key_head, None, False, False)
+
+
+def one_segment(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    boundaries = torch.tensor([0, length]), torch.tensor([0]), torch.zeros(1, 3)
+    return tuple(part.to("cuda", torch.int32) for part in boundaries)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,8 +160,11 @@ def test_flex_attention_runs_the_same_plan(mask):
 def test_short_keys_run_dense():
     case = replace(MASKS["everything"], width=80)
     walk, inputs = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
+    # Short prefills have raster orders alone.
+    walk = walk._replace(query_row=torch.zeros_like(walk.query_row), key_row=torch.zeros_like(walk.key_row))
     output = OPS.block_sparse_attention(*inputs, *op_arguments(walk, case.width**-0.5, case.key_length + 1))
-    mask = reference.element_mask(walk.query_tags, walk.key_tags, walk.window)[:, list(walk.head_plan)]
+    mask = reference.element_mask(walk.query_tags[:, :1], walk.key_tags[:, :1], walk.window)
+    mask = mask.expand(-1, case.heads, -1, -1)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         assert_as_exact_as_torch(output, inputs, mask, walk)
 
@@ -200,9 +208,7 @@ def test_attention_and_copies_past_32_bits():
     walk = causal_walk(length, HeadPattern("a_shape", local=256), heads, 4)
     output = attend([query, key, value], walk, 128**-0.5)
     start = (length - 1) // TILE * TILE - TILE  # the last two query tiles alone, one of them a tail
-    last = walk._replace(
-        query_tags=walk.query_tags[..., start:], counts=walk.counts[:, :, -2:], tiles=walk.tiles[:, :, -2:]
-    )
+    last = walk._replace(query_tags=walk.query_tags[..., start:], counts=walk.counts[:, :, -2:])
     alone = attend([query[:, :, start:], key, value], last, 128**-0.5)
     assert torch.equal(alone, output[:, :, start:])
     mask = mask_of(last._replace(head_plan=(0,)))[:, 0]  # [1, rows, Sk]
@@ -214,10 +220,10 @@ def test_attention_and_copies_past_32_bits():
     assert error < 5e-3
     del output, exact, mask
     order = torch.randperm(length, device="cuda").int().view(1, 1, -1)
-    there = OPS.permute(query, order, list(range(heads)), [0] * heads)
+    there = OPS.permute(query, order, None, list(range(heads)), [0] * heads)
     for head in (0, heads - 1):
         assert torch.equal(there[0, head], query[0, head].index_select(0, order[0, 0]))
-    assert torch.equal(OPS.unpermute(there, order, [0] * heads), query)
+    assert torch.equal(OPS.unpermute(there, order, None, [0] * heads), query)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, torch.float64], ids=str)
@@ -227,13 +233,13 @@ def test_permute_is_exact(width, dtype, poisoned_memory):
     x = torch.randint(-100, 100, (batch, length, heads, width), device="cuda").to(dtype).transpose(1, 2)
     order = torch.rand(batch, rows, length, device="cuda").argsort(-1).int()
     source_head, row = [2, 0, 0, 1, 1], [1, 0, 1, 0, 1]
-    output = OPS.permute(x, order, source_head, row)
+    output = OPS.permute(x, order, None, source_head, row)
     assert output.is_contiguous()
     expected = [
         torch.stack([x[b, h, order[b, r].long()] for h, r in zip(source_head, row, strict=True)]) for b in range(batch)
     ]
     assert torch.equal(output, torch.stack(expected))
-    back = OPS.unpermute(output, order, row)
+    back = OPS.unpermute(output, order, None, row)
     assert back.transpose(1, 2).is_contiguous()
     assert torch.equal(back, x[:, source_head])
 
@@ -246,16 +252,15 @@ def test_nothing_waits_for_the_host():
     heads, rows = list(range(6)), [0] * 6
 
     def prefill() -> None:
-        sizes = (1, 4096, 4096, 0, None)
-        patterns = encode([HeadPattern("a_shape", boundary="2d"), HeadPattern("tri_shape")])
-        OPS.plan(None, None, *boundaries, *[None] * 5, *sizes, patterns, 0.5, 0)
-        query = OPS.permute(inputs[0], order, heads, rows)
+        for pattern in (HeadPattern("a_shape", boundary="2d"), AUTO, HeadPattern("vertical_slash"), GRID):
+            sparse_attention(*long, pattern, segment, density=0.5)
+        query = OPS.permute(inputs[0], order, None, heads, rows)
         for min_tokens in (0, case.key_length + 1):
             output = OPS.block_sparse_attention(query, *inputs[1:], *op_arguments(walk, 0.125, min_tokens))
-            OPS.unpermute(output, order, rows)
+            OPS.unpermute(output, order, None, rows)
 
-    boundaries = [torch.tensor([0, 4096]), torch.tensor([0]), torch.zeros(1, 3)]
-    boundaries = [part.to("cuda", torch.int32) for part in boundaries]
+    long = [torch.randn(1, count, 4096, 64, device="cuda", dtype=torch.bfloat16) for count in (4, 2, 2)]
+    segment = one_segment(4096)
     prefill()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -271,8 +276,8 @@ def test_opcheck(name):
     walk, inputs = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
     order = torch.rand(2, 1, 150, device="cuda").argsort(-1).int()
     arguments = {
-        "permute": (inputs[0], order, [0, 5], [0, 0]),
-        "unpermute": (inputs[0], order, [0] * 6),
+        "permute": (inputs[0], order, None, [0, 5], [0, 0]),
+        "unpermute": (inputs[0], order, None, [0] * 6),
         "block_sparse_attention": (*inputs, *op_arguments(walk, 0.2)),
     }[name]
     torch.library.opcheck(getattr(OPS, name).default, arguments)
@@ -281,7 +286,7 @@ def test_opcheck(name):
 def test_another_device_is_named():
     order = torch.zeros(1, 1, 8, dtype=torch.int32)
     with pytest.raises(ValueError, match="order is on cpu; cuda:0, the device of x"):
-        OPS.permute(torch.zeros(1, 1, 8, 16, device="cuda"), order, [0], [0])
+        OPS.permute(torch.zeros(1, 1, 8, 16, device="cuda"), order, None, [0], [0])
     case = replace(CASE, batch=1)
     walk, (query, key, value) = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
     with pytest.raises(ValueError, match="key is on cpu; cuda:0, the device of query"):

@@ -1,16 +1,95 @@
-"""Random inputs of `plan`, and the brute-force definition of a plan, in numpy, one query at a time."""
+"""Random inputs of `arrange` and `plan`, and the brute-force definition of both, in numpy, one query at a time."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from mmcompile.kernels.patterns import BOUNDARIES, KINDS, TILE, HeadPattern, encode
-from mmcompile.kernels.plan import TilePlan, plan
+from mmcompile.kernels.arrange import Arrangement, arrange
+from mmcompile.kernels.patterns import (
+    BOUNDARIES,
+    TILE,
+    HeadPattern,
+    Order,
+    PlanRows,
+    distinct_orders,
+    encode,
+    encode_orders,
+    plan_rows,
+)
+from mmcompile.kernels.plan import PlanStats, TilePlan, plan
+from mmcompile.kernels.reference import (
+    by_plan_row,
+    element_mask,
+    in_positions,
+    plan_mask,
+    selected_tiles,
+    times_attended,
+)
 
 Array = np.ndarray
+
+LEAST_BLOCK = 64  # tokens of a block of "sf_fixed", however small the frames are
+
+
+class Made(NamedTuple):
+    """What was planned for a case, and what an executor would make of it."""
+
+    rows: PlanRows
+    arrangement: Arrangement
+    plan: TilePlan
+    stats: PlanStats
+    window: int | None
+
+    @property
+    def listed(self) -> Array:
+        """bool [B, P, nQ, nK]."""
+        return selected_tiles(self.plan.counts, self.plan.tiles, self.key_tiles).numpy()
+
+    @property
+    def full(self) -> Array:
+        """The tiles that are listed as full, bool [B, P, nQ, nK]."""
+        counts = self.plan.counts.clone()
+        counts[..., 2] = 0
+        return selected_tiles(counts, self.plan.tiles, self.key_tiles).numpy()
+
+    @property
+    def key_tiles(self) -> int:
+        return -(-self.arrangement.key_order.shape[2] // TILE)
+
+    def allowed(self) -> Array:
+        """The element mask that the tags tell, bool [B, P, Sq, Sk] over positions."""
+        return self._in_positions(element_mask(*self._tags(), self.window))
+
+    def computed(self) -> Array:
+        """What an executor attends to, bool [B, P, Sq, Sk] over positions."""
+        return self._in_positions(plan_mask(*self._walk()))
+
+    def times(self) -> Array:
+        """How often it does, int64 [B, P, Sq, Sk] in slot order."""
+        return times_attended(*self._walk()).numpy()
+
+    def columns(self, b: int, p: int, tile: int) -> list[int]:
+        """The key slots of single keys of a query tile."""
+        *_, start, single = self.plan.counts[b, p, tile].tolist()
+        return self.plan.columns[b, p, start : start + single].tolist()
+
+    def _walk(self) -> tuple:
+        made = self.plan
+        lists = (made.query_row, made.key_row, made.counts, made.tiles, made.columns, made.cold)
+        return self.arrangement.query_tags, self.arrangement.key_tags, *lists, self.window
+
+    def _tags(self) -> tuple[torch.Tensor, torch.Tensor]:
+        query_tags = by_plan_row(self.arrangement.query_tags, self.plan.query_row)
+        return query_tags, by_plan_row(self.arrangement.key_tags, self.plan.key_row)
+
+    def _in_positions(self, mask: torch.Tensor) -> Array:
+        query_order = by_plan_row(self.arrangement.query_order, self.plan.query_row)
+        return in_positions(mask, query_order, by_plan_row(self.arrangement.key_order, self.plan.key_row)).numpy()
 
 
 @dataclass(frozen=True)
@@ -21,24 +100,29 @@ class PlanCase:
     query_offset: int
     offsets: Array  # [M + 1]
     modality: Array  # [M]
+    grid: Array  # [M, 3], frames, rows, columns
     key_valid: Array | None  # [B, Sk]
     segments: tuple[Array, Array] | None  # [B, Sq], [B, Sk]
     spans: tuple[Array, Array] | None
     window: int | None
-    patterns: tuple[HeadPattern, ...]
+    patterns: tuple[HeadPattern, ...]  # of each head
     interleaved: bool  # segments or spans that are not runs of tokens
 
-    def plan(self, density: float | None = None, min_tokens: int = 0) -> TilePlan:
-        return plan(**self.arguments(density, min_tokens))
+    def plan(self, density: float | None = None, min_tokens: int = 0) -> Made:
+        rows = plan_rows(self.patterns)
+        arrangement = self.arrange(min_tokens)
+        made, stats = plan(**self.plan_arguments(arrangement, density, min_tokens))
+        return Made(rows, arrangement, made, stats, self.window)
 
-    def arguments(self, density: float | None, min_tokens: int) -> dict[str, Any]:
+    def arrange(self, min_tokens: int = 0) -> Arrangement:
+        return arrange(**self.arrange_arguments(min_tokens))
+
+    def arrange_arguments(self, min_tokens: int) -> dict[str, Any]:
         segments, spans = self.segments or (None, None), self.spans or (None, None)
         return {
             "query": None,
             "key": None,
-            "offsets": torch.from_numpy(self.offsets).int(),
-            "modality": torch.from_numpy(self.modality).int(),
-            "grid": torch.zeros(len(self.modality), 3, dtype=torch.int32),
+            **self.boundaries(),
             "key_valid": _tensor(self.key_valid),
             "query_segment": _tensor(segments[0]),
             "key_segment": _tensor(segments[1]),
@@ -48,11 +132,32 @@ class PlanCase:
             "query_length": self.query_length,
             "key_length": self.key_length,
             "query_offset": self.query_offset,
-            "window": self.window,
-            "patterns": encode(self.patterns),
-            "density": density,
+            "orders": encode_orders(*distinct_orders(plan_rows(self.patterns).patterns)),
             "min_tokens": min_tokens,
         }
+
+    def plan_arguments(self, arrangement: Arrangement, density: float | None, min_tokens: int) -> dict[str, Any]:
+        rows = plan_rows(self.patterns)
+        return {
+            "query": None,
+            "key": None,
+            "arrangement": arrangement,
+            **self.boundaries(),
+            "query_offset": self.query_offset,
+            "scale": 0.1,
+            "window": self.window,
+            "segments": self.segments is not None,
+            "spans": self.spans is not None,
+            "patterns": encode(rows.patterns),
+            "heads": rows.heads,
+            "density": density,
+            "recall": None,
+            "min_tokens": min_tokens,
+        }
+
+    def boundaries(self) -> dict[str, torch.Tensor]:
+        parts = {"offsets": self.offsets, "modality": self.modality, "grid": self.grid}
+        return {name: torch.from_numpy(part).int() for name, part in parts.items()}
 
     def position(self) -> Array:
         return np.arange(self.query_length) + self.query_offset
@@ -81,44 +186,104 @@ class PlanCase:
             reached = reached | ((query == key) & (query >= 0))
         return reached & self.valid(b)[None] & self.same_segment(b) & self.in_window()
 
+    @cached_property
+    def segment_of(self) -> list[list[tuple[int, int, list[int]]]]:
+        """Of each query token of each batch row: its modality, its distance from where its segment starts, and the
+        segment's grid."""
+        offsets, modalities, grid = (part.tolist() for part in (self.offsets, self.modality, self.grid))
+        told: list[list[tuple[int, int, list[int]]]] = [[] for _ in range(self.batch)]
+        for token in range(self.batch * self.query_length):
+            # A token that no segment holds is text, and otherwise like the last segment's.
+            segment, modality = len(modalities) - 1, 0
+            for m, (start, end) in enumerate(pairwise(offsets)):
+                if start <= token < end:
+                    segment, modality = m, modalities[m]
+            b = token // self.query_length
+            told[b].append((modality, token - max(offsets[segment], b * self.query_length), grid[segment]))
+        return told
+
     def query_modality(self, b: int) -> Array:
-        tokens = np.zeros(self.batch * self.query_length, int)
-        for start, end, modality in zip(self.offsets, self.offsets[1:], self.modality, strict=False):
-            tokens[start:end] = modality
-        return tokens.reshape(self.batch, -1)[b]
+        return np.array([modality for modality, _, _ in self.segment_of[b]])
 
     def key_modality(self, b: int) -> Array:
-        of_query = self.query_modality(b)
-        tokens = np.arange(self.key_length) - self.query_offset
-        return np.array([of_query[t] if 0 <= t < self.query_length else 0 for t in tokens])
+        return self._of_keys(self.query_modality(b), 0)
+
+    def query_sites(self, b: int, order: Order) -> Array:
+        """The place of each query token within its frame or row; -1 for text and where nothing tells the length of
+        one. Where nothing tells what is text, nothing is."""
+        told = self.segment_of[b]
+        all_text = not any(modality for modality, _, _ in told)
+        sites = []
+        for modality, place, (_, rows, columns) in told:
+            length = {"raster": 0, "site": order.stride or rows * columns, "column": order.stride or columns}[
+                order.base
+            ]
+            sites.append(place % length if length and (modality or all_text) else -1)
+        return np.array(sites)
+
+    def key_sites(self, b: int, order: Order) -> Array:
+        """As those of the queries; the first valid keys have none, and stand in front."""
+        sites = self._of_keys(self.query_sites(b, order), -1)
+        return np.where(self.valid(b).cumsum() <= TILE, -1, sites)
 
     def orders(self, b: int, pattern: HeadPattern) -> tuple[Array, Array]:
         """Slot -> position of queries and keys."""
-        query, key = np.arange(self.query_length), np.arange(self.key_length)
-        if pattern.boundary in ("q", "2d"):
-            query = np.array(sorted(query, key=lambda i: (self.query_modality(b)[i], i)))
-        if pattern.boundary == "2d":
-            key = np.array(sorted(key, key=lambda i: (self.key_modality(b)[i], i)))
-        return query, key
+        ((query, key),) = pattern.orders
+        return (
+            _sorted(query, self.query_modality(b), self.query_sites(b, query)),
+            _sorted(key, self.key_modality(b), self.key_sites(b, key)),
+        )
 
     def mandatory(self, b: int, pattern: HeadPattern) -> Array:
         """Keys that no cap takes from a query: sinks and the nearest key. bool [Sq, Sk] over positions."""
         return self._sink_and_local(b, pattern, 0) | self._nearest(b)
 
     def chosen(self, b: int, pattern: HeadPattern) -> Array:
-        """Keys that the pattern chooses for each query, spans aside. bool [Sq, Sk] over positions."""
+        """Keys whose tiles the pattern chooses for each query, spans aside. bool [Sq, Sk] over positions."""
         if pattern.kind == "dense":
             return np.ones((self.query_length, self.key_length), bool)
-        chosen = self._sink_and_local(b, pattern, pattern.local) | self._nearest(b)
+        chosen = self.mandatory(b, pattern)
+        if pattern.kind in ("a_shape", "tri_shape"):
+            chosen |= self._latest_slots(b, pattern) if by_site(pattern) else self._sink_and_local(b, pattern)
         if pattern.kind == "tri_shape":
             chosen[self._last_queries(b, pattern.last)] = True
+        if pattern.kind == "sf_fixed":
+            own = self.own()[:, None]
+            key, stride = np.arange(self.key_length)[None], self.block(pattern)
+            chosen |= (key // stride == own // stride) & (key <= own)
+        if pattern.kind == "sf_strided":
+            ((query_order, key_order),) = pattern.orders
+            query, key = self.query_sites(b, query_order)[:, None], self.key_sites(b, key_order)[None]
+            chosen |= (query == key) & (query >= 0)
         return chosen
 
-    def _usable(self, b: int, query: int) -> Array:
-        """Valid keys of the query's segment at or before it, ascending."""
-        return np.flatnonzero(self.causal()[query] & self.valid(b) & self.same_segment(b)[query])
+    def columns(self, b: int, pattern: HeadPattern, last_query: int) -> list[int]:
+        """Positions of the single keys that a tile of queries lists, whose last one is at `last_query`."""
+        if pattern.kind != "sf_fixed":
+            return []
+        reached = self.key_length if self.spans is not None else last_query + 1
+        stride = self.block(pattern)
+        ends = range(stride - 1, self.key_length, stride)
+        return [end for end in ends if end < reached and self.valid(b)[end]]
 
-    def _sink_and_local(self, b: int, pattern: HeadPattern, local: int) -> Array:
+    def block(self, pattern: HeadPattern) -> int:
+        """Tokens of a block of "sf_fixed"."""
+        frame = max((rows * columns for _, rows, columns in self.grid), default=0)
+        return max(LEAST_BLOCK, pattern.stride or frame)
+
+    def own(self) -> Array:
+        """The key of each query's own token, or the nearest one there is, [Sq]."""
+        return self.position().clip(0, self.key_length - 1)
+
+    def _of_keys(self, of_query: Array, outside: int) -> Array:
+        tokens = np.arange(self.key_length) - self.query_offset
+        return np.array([of_query[t] if 0 <= t < self.query_length else outside for t in tokens])
+
+    def _sink_and_local(self, b: int, pattern: HeadPattern, local: int | None = None) -> Array:
+        local = pattern.local if local is None else local
+        sink = pattern.sink
+        if by_site(pattern):  # a tile of first keys stands together, but not those of each modality or segment
+            sink = 1 if pattern.boundary == "2d" or self.segments is not None else min(sink, TILE)
         chosen = np.zeros((self.query_length, self.key_length), bool)
         modality = self.key_modality(b) if pattern.boundary == "2d" else np.zeros(self.key_length, int)
         causal, usable = self.causal(), self.valid(b) & self.same_segment(b)
@@ -126,8 +291,16 @@ class PlanCase:
             keys = np.flatnonzero(causal[query] & usable[query])
             for each in np.unique(modality[keys]):
                 group = keys[modality[keys] == each]
-                chosen[query, group[: pattern.sink]] = True
+                chosen[query, group[:sink]] = True
                 chosen[query, group[max(0, len(group) - local) :]] = True
+        return chosen
+
+    def _latest_slots(self, b: int, pattern: HeadPattern) -> Array:
+        """The `local` key slots up to that of each query's own token."""
+        key_order = self.orders(b, pattern)[1]
+        chosen = np.zeros((self.query_length, self.key_length), bool)
+        for query, slot in enumerate(key_order.argsort()[self.own()]):
+            chosen[query, key_order[max(0, slot - pattern.local + 1) : slot + 1]] = True
         return chosen
 
     def _nearest(self, b: int) -> Array:
@@ -156,6 +329,16 @@ class PlanCase:
         return last
 
 
+def by_site(pattern: HeadPattern) -> bool:
+    return pattern.order != "raster" or pattern.kind == "sf_strided"
+
+
+def _sorted(order: Order, modality: Array, site: Array) -> Array:
+    """Tokens by (modality if the order is grouped, site, position)."""
+    group = modality if order.grouped else np.zeros_like(modality)
+    return np.array(sorted(range(len(site)), key=lambda token: (group[token], site[token], token)))
+
+
 def by_tile(elements: Array) -> Array:
     """Tiles that hold a true element. bool [Sq, Sk] in slot order -> bool [nQ, nK]."""
     return _tiles(elements, False).any((1, 3))
@@ -181,28 +364,17 @@ def plan_cases(spans: bool = True, interleaved: bool = True) -> st.SearchStrateg
     return st.integers(0, 2**32 - 1).map(lambda seed: random_case(seed, spans, interleaved))
 
 
+def site_cases() -> st.SearchStrategy[PlanCase]:
+    """Heads whose tokens stand by site or column, under a mask that whole tiles tell exactly."""
+    return st.integers(0, 2**32 - 1).map(random_site_case)
+
+
 def random_case(seed: int, spans: bool = True, interleaved: bool = True) -> PlanCase:
     rng = np.random.default_rng(seed)
-    batch = _one_of(rng, [1, 1, 2])
-    query_length = _one_of(rng, [1, 127, 128, 129, 257, 640, *rng.integers(1, 700, 12).tolist()])
-    key_length = query_length + _one_of(rng, [0, 0, 0, 1, 100, 128, 300])
-    past = key_length - query_length
-    end = batch * query_length + _one_of(rng, [0, 0, 50])
-    modality = rng.integers(0, _one_of(rng, [1, 2, 4, 8]), rng.integers(1, 12))
-    cuts = np.sort(rng.integers(0, batch * query_length + 1, max(0, len(modality) - 3)))
-    case = PlanCase(
-        batch,
-        query_length,
-        key_length,
-        query_offset=_one_of(rng, [past, past, past, 0, past // 2, -5, 3]),
-        offsets=np.array([0, *cuts, *[end] * (len(modality) - len(cuts))]),
-        modality=modality,
-        key_valid=_random_valid(rng, batch, key_length),
-        segments=None,
-        spans=None,
+    case = replace(
+        _random_tokens(rng),
         window=_one_of(rng, [None, None, None, None, 1, 2, 100, 129, 333, 10_000]),
         patterns=tuple(_random_pattern(rng) for _ in range(_one_of(rng, [1, 1, 2]))),
-        interleaved=False,
     )
     if rng.random() < 0.3:
         case = _with_groups(case, "segments", rng, interleaved and rng.random() < 0.3)
@@ -211,18 +383,62 @@ def random_case(seed: int, spans: bool = True, interleaved: bool = True) -> Plan
     return case
 
 
+def random_site_case(seed: int) -> PlanCase:
+    rng = np.random.default_rng(seed)
+    case = _random_tokens(rng)
+    return replace(case, patterns=tuple(_random_site_pattern(rng) for _ in range(_one_of(rng, [1, 2]))))
+
+
+def _random_tokens(rng: np.random.Generator) -> PlanCase:
+    batch = _one_of(rng, [1, 1, 2])
+    query_length = _one_of(rng, [1, 127, 128, 129, 257, 640, *rng.integers(1, 700, 12).tolist()])
+    key_length = query_length + _one_of(rng, [0, 0, 0, 1, 100, 128, 300])
+    past = key_length - query_length
+    end = batch * query_length + _one_of(rng, [0, 0, 50])
+    modality = rng.integers(0, _one_of(rng, [1, 2, 4, 8]), rng.integers(1, 12))
+    cuts = np.sort(rng.integers(0, batch * query_length + 1, max(0, len(modality) - 3)))
+    grid = rng.integers(1, _one_of(rng, [4, 12, 20]), (len(modality), 3))
+    grid[rng.random(len(modality)) < _one_of(rng, [0.1, 0.5, 1.0])] = 0
+    return PlanCase(
+        batch,
+        query_length,
+        key_length,
+        query_offset=_one_of(rng, [past, past, past, 0, past // 2, -5, 3]),
+        offsets=np.array([0, *cuts, *[end] * (len(modality) - len(cuts))]),
+        modality=modality,
+        grid=grid,
+        key_valid=_random_valid(rng, batch, key_length),
+        segments=None,
+        spans=None,
+        window=None,
+        patterns=(),
+        interleaved=False,
+    )
+
+
 def _one_of(rng: np.random.Generator, choices: list[Any]) -> Any:
     return choices[rng.integers(len(choices))]
 
 
 def _random_pattern(rng: np.random.Generator) -> HeadPattern:
-    return HeadPattern(
-        kind=_one_of(rng, [*KINDS, "a_shape"]),
-        sink=_one_of(rng, [1, 2, 7, 128, 129, 200]),
-        local=_one_of(rng, [1, 2, 64, 129, 257, 300, 4096]),
-        last=_one_of(rng, [1, 2, 5, 128, 150]),
-        boundary=_one_of(rng, list(BOUNDARIES)),
-    )
+    kind = _one_of(rng, ["dense", "a_shape", "a_shape", "tri_shape", "sf_fixed"])
+    boundaries = [boundary for boundary in BOUNDARIES if kind != "sf_fixed" or boundary != "2d"]
+    return HeadPattern(kind=kind, boundary=_one_of(rng, boundaries), **_random_lengths(rng))
+
+
+def _random_site_pattern(rng: np.random.Generator) -> HeadPattern:
+    kind = _one_of(rng, ["dense", "a_shape", "tri_shape", "sf_strided", "sf_strided"])
+    order = "raster" if kind == "sf_strided" else _one_of(rng, ["site", "column"])
+    return HeadPattern(kind=kind, order=order, boundary=_one_of(rng, list(BOUNDARIES)), **_random_lengths(rng))
+
+
+def _random_lengths(rng: np.random.Generator) -> dict[str, int]:
+    return {
+        "sink": _one_of(rng, [1, 2, 7, 128, 129, 200]),
+        "local": _one_of(rng, [1, 2, 64, 129, 257, 300, 4096]),
+        "last": _one_of(rng, [1, 2, 5, 128, 150]),
+        "stride": _one_of(rng, [0, 0, 1, 7, 64, 100, 256, 5000]),
+    }
 
 
 def _random_valid(rng: np.random.Generator, batch: int, length: int) -> Array | None:

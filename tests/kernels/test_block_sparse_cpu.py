@@ -10,8 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from mmcompile.kernels import block_sparse_cpu
 from mmcompile.kernels.block_sparse_cpu import block_sparse_attention
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.reference import attention, selected_tiles
-from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, walk_cases
+from mmcompile.kernels.reference import attention
+from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, of_heads, unread, walk_cases
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -42,10 +42,11 @@ def test_any_walk_in_half_precision(dtype, case):
 
 @pytest.mark.parametrize("stacked_mask", [0, 2 * TILE * 5 * TILE])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_heads_stacked_and_not(stacked_mask, permuted, monkeypatch):
+@pytest.mark.parametrize("columns", ["none", "shared"])
+def test_heads_stacked_and_not(stacked_mask, permuted, columns, monkeypatch):
     monkeypatch.setattr(block_sparse_cpu, "STACKED_MASK", stacked_mask)  # elements: two heads of five tiles
     case = WalkCase(query_length=200, key_length=901, query_offset=701, density=0.9, heads=4, copies=2)
-    check(replace(case, permuted=permuted))
+    check(replace(case, permuted=permuted, columns=columns))
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 500])
@@ -53,8 +54,7 @@ def test_every_tile_is_dense_causal_attention(length):
     case = WalkCase(query_length=length, key_length=length, heads=4, copies=2, density=1.0)
     walk, (query, key, value) = case.walk(), case.inputs()
     output = block_sparse_attention(query, key, value, walk, case.width**-0.5)
-    copies = list(walk.key_head)
-    dense = scaled_dot_product_attention(query, key[:, copies], value[:, copies], is_causal=True)
+    dense = scaled_dot_product_attention(query, of_heads(key, walk), of_heads(value, walk), is_causal=True)
     torch.testing.assert_close(output, dense, atol=2e-6, rtol=1e-5)
 
 
@@ -64,9 +64,9 @@ def test_the_error_of_every_tile_is_at_most_half_more_than_torchs(dtype):
     case = WalkCase(query_length=1000, key_length=1000, heads=4, copies=2, width=128, density=1.0)
     walk, (query, key, value) = case.walk(), case.inputs(dtype)
     ours = block_sparse_attention(query, key, value, walk, 128**-0.5)
-    copies = list(walk.key_head)
-    dense = scaled_dot_product_attention(query, key[:, copies], value[:, copies], is_causal=True)
-    exact = attention(query, key, value, mask_of(walk), key_head=copies)
+    key, value = of_heads(key, walk), of_heads(value, walk)
+    dense = scaled_dot_product_attention(query, key, value, is_causal=True)
+    exact = attention(query, key, value, mask_of(walk))
     assert (ours.double() - exact).norm() <= 1.5 * (dense.double() - exact).norm()
 
 
@@ -91,23 +91,40 @@ def test_the_output_lies_as_a_model_merges_it():
 
 
 def test_any_strides():
-    case = WalkCase(batch=2, heads=2, copies=2, width=32)
+    case = WalkCase(batch=2, heads=2, copies=2, width=32, key_orders=2, columns="shared")
     walk, inputs = case.walk(), case.inputs()
     expected = block_sparse_attention(*(x.contiguous() for x in inputs), walk, 0.2)
     strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in inputs]
     torch.testing.assert_close(block_sparse_attention(*strided, walk, 0.2), expected)
 
 
-def test_tiles_that_are_not_listed_are_not_read():
-    case = WalkCase(query_length=700, key_length=700, density=0.3, copies=1)
+@pytest.mark.parametrize("columns", ["none", "each"])
+def test_keys_that_are_not_listed_are_not_read(columns):
+    case = WalkCase(query_length=100, key_length=700, query_offset=600, density=0.3, copies=1, columns=columns)
     walk, (query, key, value) = case.walk(), case.inputs()
     expected = block_sparse_attention(query, key, value, walk, 0.2)
-    unread = ~selected_tiles(walk.counts, walk.tiles).any(2)[0, 0]  # [nK]
-    assert unread.any()
-    for tile in unread.nonzero().flatten().tolist():
-        key[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
-        value[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
+    for keys in (key, value):
+        keys[:, :, unread(walk)] = float("nan")
     assert torch.equal(block_sparse_attention(query, key, value, walk, 0.2), expected)
+
+
+@pytest.mark.parametrize("columns", ["shared", "each"])
+def test_columns_that_are_no_tile_are_attended_wherever_the_mask_allows(columns):
+    """Not one key tile listed: all there is comes from the columns."""
+    case = WalkCase(query_length=300, key_length=300, density=0.0, columns=columns)
+    walk = case.walk()
+    mask = mask_of(walk)
+    assert mask.any() and not mask.all()
+    check(case)
+
+
+def test_a_key_order_and_its_copy_are_those_of_the_batch_row_and_plan_row():
+    case = WalkCase(batch=2, plans=4, query_orders=2, key_orders=2, heads=4, permuted=True, density=1.0, seed=2)
+    walk = case.walk()
+    for row in (walk.query_row, walk.key_row):
+        assert not torch.equal(row[0], row[1])
+        assert len(set(row[0].tolist())) == 2
+    check(case)
 
 
 def test_only_listed_tiles_are_multiplied(monkeypatch):
@@ -118,8 +135,9 @@ def test_only_listed_tiles_are_multiplied(monkeypatch):
         return scaled_dot_product_attention(query, key, value, **options)
 
     monkeypatch.setattr(block_sparse_cpu, "scaled_dot_product_attention", counting)
-    case = WalkCase(query_length=640, key_length=640, heads=6, copies=2, plans=2, density=0.5)
+    case = WalkCase(query_length=640, key_length=640, heads=6, copies=2, plans=2, density=0.5, columns="each")
     walk = case.walk()
     block_sparse_attention(*case.inputs(), walk, 0.2)
-    tiles = walk.counts.sum((2, 3))[0]  # [P]
-    assert sum(multiplied) == sum(int(tiles[plan]) for plan in walk.head_plan) * TILE * TILE
+    _, full, partial, _, columns = walk.counts[0].sum(1).unbind(-1)  # [P] each
+    keys = (full + partial) * TILE + columns
+    assert sum(multiplied) == sum(int(keys[plan]) for plan in walk.head_plan) * TILE

@@ -18,22 +18,26 @@ from mmcompile.kernels.patterns import TILE
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes the place of the compiler"
 )
-INTEGERS = ("query_tags", "key_tags", "counts", "tiles", "head_plan", "key_head")
+POINTERS = dict.fromkeys(
+    ("query_tags", "key_tags", "query_row", "key_row", "counts", "tiles", "columns", "head_plan", "key_head"), "*i32"
+) | {"cold": "*i1"}
 
 
-def compiled(width: int, dtype: str, config: Config, descriptors: bool, capability: int):
+def compiled(width: int, dtype: str, config: Config, descriptors: bool, columns: bool, capability: int):
     """The kernel as `launch` specialises it for aligned, contiguous inputs and a causal mask."""
     padded = padded_head_dim(width)
     constants = {"D": width, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded, "TILE": TILE}
-    constants |= {"DESCRIPTORS": descriptors, "WINDOW": False, "SEGMENTS": False, "SPANS": False}
+    constants |= {"DESCRIPTORS": descriptors, "COLUMNS": columns, "WINDOW": False, "SEGMENTS": False, "SPANS": False}
+    pointers = POINTERS | dict.fromkeys(("query", "key", "value", "output"), f"*{dtype}")
+    source = f"tensordesc<{dtype}[1, 1, {config.block_n}, {padded}]>" if descriptors else f"*{dtype}"
     signature, attributes = {}, {}
     for position, name in enumerate(_attention_kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("key", "value") and descriptors:
-            signature[name] = f"tensordesc<{dtype}[1, 1, {config.block_n}, {padded}]>"
-        elif name in ("query", "key", "value", "output", *INTEGERS):
-            signature[name] = "*i32" if name in INTEGERS else f"*{dtype}"
+        elif name in ("key_descriptor", "value_descriptor") and descriptors:
+            signature[name] = source
+        elif name in ("key_descriptor", "value_descriptor") or name in pointers:
+            signature[name] = pointers.get(name, source)
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale_log2" else "i32"
@@ -53,9 +57,10 @@ def stack_bytes(kernel, folder: Path) -> int:
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
+@pytest.mark.parametrize("columns", [False, True], ids=["tiles", "columns"])
 @pytest.mark.parametrize(("width", "dtype"), [(64, "bf16"), (80, "bf16"), (128, "bf16"), (128, "fp16"), (256, "bf16")])
-def test_hopper_runs_on_its_matrix_units_fed_by_bulk_copies(width, dtype, tmp_path):
-    kernel = compiled(width, dtype, LARGE[2, padded_head_dim(width)], True, 90)
+def test_hopper_runs_on_its_matrix_units_fed_by_bulk_copies(width, dtype, columns, tmp_path):
+    kernel = compiled(width, dtype, LARGE[2, padded_head_dim(width)], True, columns, 90)
     ptx = kernel.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
@@ -63,12 +68,13 @@ def test_hopper_runs_on_its_matrix_units_fed_by_bulk_copies(width, dtype, tmp_pa
     assert stack_bytes(kernel, tmp_path) <= 64
 
 
+@pytest.mark.parametrize("columns", [False, True], ids=["tiles", "columns"])
 @pytest.mark.parametrize(
     ("width", "dtype", "instruction"),
     [(64, "bf16", "mma.sync"), (128, "bf16", "mma.sync"), (256, "bf16", "mma.sync"), (128, "fp32", "fma.rn")],
 )
-def test_any_other_gpu_has_the_shared_memory_for_it(width, dtype, instruction, tmp_path):
-    kernel = compiled(width, dtype, SMALL[4 if dtype == "fp32" else 2, padded_head_dim(width)], False, 80)
+def test_any_other_gpu_has_the_shared_memory_for_it(width, dtype, instruction, columns, tmp_path):
+    kernel = compiled(width, dtype, SMALL[4 if dtype == "fp32" else 2, padded_head_dim(width)], False, columns, 80)
     assert instruction in kernel.asm["ptx"]
     assert kernel.metadata.shared <= 64 * 1024
     assert stack_bytes(kernel, tmp_path) <= 64

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from mmcompile.kernels import block_sparse, permute, permute_cpu
 from mmcompile.kernels.attention_config import LARGE, SMALL, Config, padded_head_dim
-from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.reference import selected_tiles
-from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, walk_cases
+from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, unread, walk_cases
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -43,6 +41,15 @@ def test_every_small_launch_shape(width, dtype):
     check(WalkCase(query_length=100, key_length=150, query_offset=50, width=width), dtype, config, False)
 
 
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("block_n", [32, 64, 128])
+@pytest.mark.parametrize("width", [32, 80])
+def test_columns_in_steps_of_every_size(width, block_n, descriptors):
+    """Lists that end inside a step, on its edge, and empty ones."""
+    case = WalkCase(query_length=600, key_length=260, density=0.3, columns="each", width=width, permuted=True)
+    check(case, torch.float16, Config(128, block_n, 4, 1), descriptors)
+
+
 @settings(max_examples=10)
 @given(
     walk_cases(max_length=260),
@@ -57,28 +64,30 @@ def test_any_walk(case, dtype, config, descriptors):
 @settings(max_examples=15)
 @given(
     st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 200), st.sampled_from([8, 80, 128])),
-    st.integers(1, 2),
+    st.tuples(st.integers(1, 2), st.integers(0, 3)),
     st.booleans(),
     st.data(),
 )
-def test_row_copies(size, rows, merged, data):
+def test_row_copies(size, choice, merged, data):
     batch, heads, length, width = size
     x = torch.randn(batch, heads, length, width)
     if merged:
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    order = torch.rand(batch, rows, length).argsort(-1).int()
+    orders, plans = choice  # no plan rows: each copy names its order
+    order = torch.rand(batch, orders, length).argsort(-1).int()
+    rows = torch.randint(orders, (batch, plans), dtype=torch.int32) if plans else None
     copies = data.draw(st.integers(1, 4))
-    source_head, row = torch.randint(heads, (copies,)).tolist(), torch.randint(rows, (copies,)).tolist()
-    expected = permute_cpu.permute(x, order, source_head, row)
-    output = permute.permute(x, order, source_head, row)
+    source_head, row = torch.randint(heads, (copies,)).tolist(), torch.randint(plans or orders, (copies,)).tolist()
+    expected = permute_cpu.permute(x, order, rows, source_head, row)
+    output = permute.permute(x, order, rows, source_head, row)
     assert torch.equal(output, expected)
-    back = permute.unpermute(output, order, row)
+    back = permute.unpermute(output, order, rows, row)
     assert back.transpose(1, 2).is_contiguous()
-    assert torch.equal(back, permute_cpu.unpermute(expected, order, row))
+    assert torch.equal(back, permute_cpu.unpermute(expected, order, rows, row))
 
 
 def test_any_strides():
-    case = WalkCase(batch=2, query_length=130, key_length=130)
+    case = WalkCase(batch=2, query_length=130, key_length=130, columns="shared")
     walk, inputs = case.walk(), case.inputs()
     expected = block_sparse.block_sparse_attention(*inputs, walk, 0.2)
     strided = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in inputs]
@@ -89,15 +98,13 @@ def test_any_strides():
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
-def test_tiles_that_are_not_listed_are_not_read(descriptors):
-    case = WalkCase(query_length=700, key_length=700, density=0.3, copies=1)
+@pytest.mark.parametrize("columns", ["none", "each"])
+def test_keys_that_are_not_listed_are_not_read(columns, descriptors):
+    case = WalkCase(query_length=100, key_length=700, query_offset=600, density=0.3, copies=1, columns=columns)
     walk, (query, key, value) = case.walk(), case.inputs()
     config = Config(128, 128, 4, 1)
     expected = block_sparse.launch(query, key, value, walk, 0.2, config, descriptors)
-    unread = ~selected_tiles(walk.counts, walk.tiles).any(2)[0, 0]  # [nK]
-    assert unread.any()
-    for tile in unread.nonzero().flatten().tolist():
-        key[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
-        value[:, :, tile * TILE : (tile + 1) * TILE] = float("nan")
+    for keys in (key, value):
+        keys[:, :, unread(walk)] = float("nan")
     output = block_sparse.launch(query, key, value, walk, 0.2, config, descriptors)
     assert torch.equal(output, expected)

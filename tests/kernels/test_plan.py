@@ -1,5 +1,7 @@
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,19 +13,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmcompile.kernels import plan as planning
 from mmcompile.kernels import tile_bounds
-from mmcompile.kernels.patterns import TILE, HeadPattern, encode
-from mmcompile.kernels.plan import TilePlan, density, empty_plan, plan, plan_shapes, tile_counts
-from mmcompile.kernels.reference import element_mask, in_positions, plan_mask, selected_tiles
-from tests.kernels.plan_cases import PlanCase, by_tile, plan_cases, wholly
+from mmcompile.kernels.arrange import arrange
+from mmcompile.kernels.patterns import TILE, HeadPattern, distinct_orders, encode, encode_orders
+from mmcompile.kernels.plan import empty_plan, plan, plan_shapes
+from tests.kernels.plan_cases import Made, PlanCase, by_site, by_tile, plan_cases, site_cases, wholly
 
 few = settings(deadline=None, max_examples=max(10, settings().max_examples * 2 // 5))
 some_density = st.sampled_from([0.01, 0.1, 0.29, 0.5, 0.75, 0.95])
+every_kind = st.one_of(plan_cases(), site_cases())
 
 
-def rows(case: PlanCase) -> Iterator[tuple[int, int, HeadPattern]]:
+def rows(case: PlanCase, made: Made) -> Iterator[tuple[int, int, HeadPattern]]:
     for b in range(case.batch):
-        for p, pattern in enumerate(case.patterns):
+        for p, pattern in enumerate(made.rows.patterns):
             yield b, p, pattern
 
 
@@ -32,155 +36,335 @@ def in_slots(case: PlanCase, b: int, pattern: HeadPattern, elements: np.ndarray)
     return elements[query_order][:, key_order]
 
 
-def listed(made: TilePlan) -> np.ndarray:
-    return selected_tiles(made.counts, made.tiles).numpy()
+def single_keys(made: Made, b: int, p: int) -> np.ndarray:
+    """Keys of a plan row that some query tile has as columns, bool [Sk] in slots."""
+    single = np.zeros(made.arrangement.key_order.shape[2], bool)
+    for tile in range(made.plan.counts.shape[2]):
+        single[made.columns(b, p, tile)] = True
+    return single
 
 
 @few
-@given(plan_cases())
-def test_orders_and_tags_say_exactly_what_is_allowed(case: PlanCase) -> None:
+@given(every_kind)
+def test_each_row_names_its_orders_and_their_tags_say_exactly_what_is_allowed(case: PlanCase) -> None:
     made = case.plan()
-    mask = element_mask(made.query_tags, made.key_tags, case.window)
-    allowed = in_positions(mask, made.query_order, made.key_order).numpy()
-    for b, p, pattern in rows(case):
+    allowed, (query_row, key_row) = made.allowed(), made.plan[:2]
+    for b, p, pattern in rows(case, made):
         query_order, key_order = case.orders(b, pattern)
-        assert made.query_order[b, p].tolist() == query_order.tolist()
-        assert made.key_order[b, p].tolist() == key_order.tolist()
+        assert made.arrangement.query_order[b, query_row[b, p]].tolist() == query_order.tolist()
+        assert made.arrangement.key_order[b, key_row[b, p]].tolist() == key_order.tolist()
         assert np.array_equal(allowed[b, p], case.allowed(b))
 
 
 @few
-@given(plan_cases())
-def test_tile_lists_have_full_tiles_in_front_partial_ones_behind_and_nothing_twice(case: PlanCase) -> None:
-    made = case.plan()
-    shapes = plan_shapes(case.batch, case.query_length, case.key_length, encode(case.patterns))
-    assert [tuple(part.shape) for part in made] == list(shapes)
-    assert {part.dtype for part in made} == {torch.int32}
-    assert all(part.is_contiguous() for part in made)
-    key_tiles = made.tiles.shape[-1]
-    for (full, partial), row in zip(made.counts.flatten(0, 2).tolist(), made.tiles.flatten(0, 2).tolist(), strict=True):
-        front, back = row[:full], row[key_tiles - partial :]
-        assert front == sorted(front) and back == sorted(back, reverse=True)
-        assert row[full : key_tiles - partial] == [-1] * (key_tiles - full - partial)
-        assert len(set(front + back)) == full + partial and set(front + back) <= set(range(key_tiles))
+@given(every_kind, st.one_of(st.none(), some_density))
+def test_tile_lists_follow_each_other_full_tiles_in_front_and_nothing_twice(case: PlanCase, cap: float | None) -> None:
+    made = case.plan(cap)
+    shapes = plan_shapes(case.batch, case.query_length, case.key_length, encode(made.rows.patterns), cap)
+    assert [tuple(part.shape) for part in made.plan] == list(shapes)
+    assert [part.dtype for part in made.plan] == [torch.int32] * 5 + [torch.bool]
+    assert all(part.is_contiguous() for part in made.plan)
+    for b, p, _ in rows(case, made):
+        entries, end = made.plan.tiles[b, p].tolist(), 0
+        for first, full, partial, *_ in made.plan.counts[b, p].tolist():
+            assert first == end
+            end = first + full + partial
+            front, back = entries[first : first + full], entries[first + full : end]
+            assert front == sorted(front) and back == sorted(back)
+            assert len({*front, *back}) == full + partial and {*front, *back} <= set(range(made.key_tiles))
+        assert entries[end:] == [-1] * (len(entries) - end)
 
 
 @few
-@given(plan_cases(), st.sampled_from([None, 0.3, 1.0]))
+@given(every_kind, st.sampled_from([None, 0.3, 1.0]))
 def test_full_tiles_are_those_with_every_element_allowed(case: PlanCase, cap: float | None) -> None:
     made = case.plan(cap)
-    front = torch.stack([made.counts[..., 0], torch.zeros_like(made.counts[..., 0])], -1)
-    full, all_tiles = selected_tiles(front, made.tiles).numpy(), listed(made)
-    for b, p, pattern in rows(case):
-        whole = wholly(in_slots(case, b, pattern, case.allowed(b)))
+    full, listed = made.full, made.listed
+    for b, p, pattern in rows(case, made):
+        in_tiles = in_slots(case, b, pattern, case.allowed(b)) & ~single_keys(made, b, p)
+        whole = wholly(in_tiles)
         assert not (full[b, p] & ~whole).any()
         if case.spans is None:  # a tile may be whole half by its span and half by causality: not decided
-            assert np.array_equal(full[b, p], all_tiles[b, p] & whole)
+            assert np.array_equal(full[b, p], listed[b, p] & whole)
 
 
 @few
-@given(plan_cases())
+@given(every_kind, st.one_of(st.none(), some_density))
+def test_no_key_is_attended_twice_and_none_that_is_not_allowed(case: PlanCase, cap: float | None) -> None:
+    made = case.plan(cap)
+    assert made.times().max() <= 1
+    computed = made.computed()
+    for b, p, _ in rows(case, made):
+        assert not (computed[b, p] & ~case.allowed(b)).any()
+
+
+@few
+@given(every_kind)
 def test_density_one_covers_every_allowed_element(case: PlanCase) -> None:
     made = case.plan(1.0)
-    mask = plan_mask(made.query_tags, made.key_tags, made.counts, made.tiles, case.window)
-    computed = in_positions(mask, made.query_order, made.key_order).numpy()
-    for b, p, pattern in rows(case):
+    computed, listed = made.computed(), made.listed
+    assert made.plan.columns.shape[2] == made.plan.cold.shape[2] == 0
+    for b, p, pattern in rows(case, made):
         assert np.array_equal(computed[b, p], case.allowed(b))
         runs = case.key_valid is None and not case.interleaved and pattern.boundary in ("none", "k")
+        runs = runs and not by_site(pattern)
         if case.window is case.spans is None and (case.segments is None or runs):
             non_empty = by_tile(in_slots(case, b, pattern, case.allowed(b)))
-            assert np.array_equal(listed(made)[b, p], non_empty)
-    assert torch.equal(tile_counts(made, case.window)[..., 0], tile_counts(made, case.window)[..., 1])
+            assert np.array_equal(listed[b, p], non_empty)
 
 
 @few
 @given(plan_cases(spans=False))
 def test_selected_tiles_are_the_union_of_what_their_queries_choose(case: PlanCase) -> None:
-    tiles = listed(case.plan())
-    for b, p, pattern in rows(case):
+    made = case.plan()
+    listed = made.listed
+    for b, p, pattern in rows(case, made):
         union = by_tile(in_slots(case, b, pattern, case.chosen(b, pattern)))
         non_empty = by_tile(in_slots(case, b, pattern, case.allowed(b)))
-        assert not (union & non_empty & ~tiles[b, p]).any()
+        assert not (union & non_empty & ~listed[b, p]).any()
         if not case.interleaved:
-            assert not (tiles[b, p] & ~union).any()
+            assert not (listed[b, p] & ~union).any()
             if case.window is None and (case.segments is None or pattern.boundary == "none"):
-                assert np.array_equal(tiles[b, p], union & non_empty)
+                assert np.array_equal(listed[b, p], union & non_empty)
+
+
+@few
+@given(site_cases())
+def test_by_site_the_band_is_of_slots_and_lines_are_shared_sites(case: PlanCase) -> None:
+    made = case.plan()
+    listed = made.listed
+    for b, p, pattern in rows(case, made):
+        union = by_tile(in_slots(case, b, pattern, case.chosen(b, pattern)))
+        non_empty = by_tile(in_slots(case, b, pattern, case.allowed(b)))
+        if pattern.kind != "sf_strided":
+            assert np.array_equal(listed[b, p], union & non_empty)
+            continue
+        assert not (union & non_empty & ~listed[b, p]).any()
+        mandatory = by_tile(in_slots(case, b, pattern, case.mandatory(b, pattern)))
+        assert not (listed[b, p] & ~((mandatory | tiles_in_reach_of_sites(case, b, pattern)) & non_empty)).any()
+
+
+def tiles_in_reach_of_sites(case: PlanCase, b: int, pattern: HeadPattern) -> np.ndarray:
+    """Tiles whose queries and keys have ranges of sites that meet, bool [nQ, nK]: all that bounds can tell."""
+    ((query_order, key_order),) = pattern.orders
+    slot_sites = [
+        sites[order]
+        for sites, order in zip(
+            (case.query_sites(b, query_order), case.key_sites(b, key_order)), case.orders(b, pattern), strict=True
+        )
+    ]
+    bounds = []
+    for sites in slot_sites:
+        tiles = np.pad(sites, (0, -len(sites) % TILE), constant_values=-1).reshape(-1, TILE)
+        bounds.append((np.where(tiles < 0, 10**9, tiles).min(1), tiles.max(1)))
+    (query_least, query_most), (key_least, key_most) = bounds
+    return (query_least[:, None] <= key_most[None]) & (key_least[None] <= query_most[:, None])
+
+
+@st.composite
+def pair_cases(draw: st.DrawFn) -> PlanCase:
+    """A head with patterns of their own for some pairs of modalities."""
+    case = draw(plan_cases(spans=False, interleaved=False))
+    shapes = st.builds(
+        HeadPattern,
+        kind=st.sampled_from(["dense", "a_shape", "tri_shape"]),
+        sink=st.sampled_from([1, 128, 200]),
+        local=st.sampled_from([1, 64, 300]),
+        last=st.sampled_from([1, 150]),
+    )
+    boundary, modality = draw(st.sampled_from(["q", "2d"])), st.integers(0, 3)
+    keys = st.just(-1) if boundary == "q" else modality
+    pairs = draw(st.dictionaries(st.tuples(modality, keys), shapes, min_size=1, max_size=4))
+    named = tuple((*pair, pattern) for pair, pattern in pairs.items())
+    return replace(case, patterns=(replace(draw(shapes), boundary=boundary, pairs=named),))
+
+
+@few
+@given(pair_cases())
+def test_a_pair_of_modalities_has_the_tiles_of_its_own_pattern(case: PlanCase) -> None:
+    made = case.plan()
+    listed = made.listed
+    for b, p, pattern in rows(case, made):
+        wanted = by_tile(in_slots(case, b, pattern, case.mandatory(b, pattern)))
+        named = {(query, key): of_pair for query, key, of_pair in pattern.pairs}
+        tiles_of = {}
+        for one in {pattern, *named.values()}:
+            as_head = replace(one, sink=pattern.sink, boundary=pattern.boundary, pairs=())  # sinks are the head's
+            tiles_of[one] = by_tile(in_slots(case, b, pattern, case.chosen(b, as_head)))
+        query_modality, key_modality = case.query_modality(b), case.key_modality(b)
+        for query, key in product(set(query_modality), set(key_modality)):
+            one = named.get((query, key), named.get((query, -1), pattern))
+            both = (query_modality == query)[:, None] & (key_modality == key)[None]
+            wanted |= by_tile(in_slots(case, b, pattern, both)) & tiles_of[one]
+        non_empty = by_tile(in_slots(case, b, pattern, case.allowed(b)))
+        assert not (wanted & non_empty & ~listed[b, p]).any()
+        assert not (listed[b, p] & ~wanted).any()
+        if case.window is case.segments is None:
+            assert np.array_equal(listed[b, p], wanted & non_empty)
+
+
+@few
+@given(every_kind, st.one_of(st.none(), some_density))
+def test_single_keys_are_the_ends_of_blocks_that_a_tile_can_reach(case: PlanCase, cap: float | None) -> None:
+    made = case.plan(cap)
+    for b, p, pattern in rows(case, made):
+        query_order, key_order = case.orders(b, pattern)
+        for tile in range(made.plan.counts.shape[2]):
+            last = case.position()[query_order[tile * TILE : (tile + 1) * TILE]].max()
+            assert key_order[made.columns(b, p, tile)].tolist() == case.columns(b, pattern, last)
+        if made.plan.cold.shape[2]:
+            reached = case.key_length if case.spans is not None else case.position()[-1] + 1
+            usable = (case.valid(b) & (np.arange(case.key_length) < reached))[key_order]
+            assert np.array_equal(~made.plan.cold[b, p].numpy() & usable, single_keys(made, b, p))
+
+
+@few
+@given(every_kind)
+def test_every_chosen_key_that_is_allowed_is_attended(case: PlanCase) -> None:
+    made = case.plan()
+    computed = made.computed()
+    for b, p, pattern in rows(case, made):
+        assert not (case.chosen(b, pattern) & case.allowed(b) & ~computed[b, p]).any()
+        ends = case.columns(b, pattern, case.key_length)
+        assert np.array_equal(computed[b, p][:, ends], case.allowed(b)[:, ends])
 
 
 @few
 @given(plan_cases())
 def test_spans_choose_the_tiles_within_local_distance(case: PlanCase) -> None:
-    tiles = listed(case.plan())
-    for b, p, pattern in rows(case):
+    made = case.plan()
+    listed = made.listed
+    for b, p, pattern in rows(case, made):
+        if pattern.kind == "sf_fixed":
+            continue  # a block is what it is, whatever spans it
         distance = np.abs(case.position()[:, None] - np.arange(case.key_length)[None])
         near = case.allowed(b) & ((distance < pattern.local) | (pattern.kind == "dense"))
         near &= ~case.causal()
-        assert not (by_tile(in_slots(case, b, pattern, near)) & ~tiles[b, p]).any()
+        assert not (by_tile(in_slots(case, b, pattern, near)) & ~listed[b, p]).any()
 
 
 @few
-@given(plan_cases(interleaved=False), st.one_of(st.none(), some_density))
+@given(st.one_of(plan_cases(interleaved=False), site_cases()), st.one_of(st.none(), some_density))
 def test_a_row_with_an_allowed_key_is_never_without_one(case: PlanCase, cap: float | None) -> None:
     made = case.plan(cap)
-    mask = plan_mask(made.query_tags, made.key_tags, made.counts, made.tiles, case.window)
-    computed = in_positions(mask, made.query_order, made.key_order).numpy()
-    for b, p, _ in rows(case):
+    computed = made.computed()
+    for b, p, _ in rows(case, made):
         assert np.array_equal(computed[b, p].any(1), case.allowed(b).any(1))
 
 
 @few
-@given(plan_cases(), some_density)
+@given(every_kind, some_density)
 def test_a_cap_takes_only_what_is_not_mandatory_and_holds(case: PlanCase, cap: float) -> None:
-    uncapped, made = case.plan(), case.plan(cap)
-    tiles, all_tiles, counts = listed(made), listed(uncapped), tile_counts(made, case.window)
-    assert not (tiles & ~all_tiles).any()
-    for b, p, pattern in rows(case):
+    made = case.plan(cap)
+    listed, all_tiles, counts = made.listed, case.plan().listed, made.plan.counts.long()
+    for b, p, pattern in rows(case, made):
+        assert not (listed[b, p] & ~all_tiles[b, p]).any()
         mandatory = by_tile(in_slots(case, b, pattern, case.mandatory(b, pattern)))
         needed = mandatory & by_tile(in_slots(case, b, pattern, case.allowed(b)))
-        assert not (needed & ~tiles[b, p]).any()
-        count, non_empty = counts[b, p].tolist()
+        assert not (needed & ~listed[b, p]).any()
         if not case.interleaved and case.window is None:
-            assert count <= max(int(cap * non_empty), mandatory.sum())
+            columns = -(-int(counts[b, p, :, 4].sum()) // TILE)
+            assert listed[b, p].sum() <= max(int(cap * raster_tiles(case)[b]) - columns, mandatory.sum())
 
 
 @few
-@given(plan_cases())
+@given(every_kind, st.one_of(st.none(), some_density, st.just(1.0)))
+def test_density_is_what_is_computed_over_the_tiles_of_raster_order(case: PlanCase, cap: float | None) -> None:
+    made = case.plan(cap)
+    listed = made.listed
+    causal = raster_tiles(case)
+    assert [stat.dtype for stat in made.stats] == [torch.float32] * 2
+    assert made.stats.recall.shape == made.stats.density.shape and made.stats.recall.isnan().all()
+    for b, p, _ in rows(case, made):
+        computed = listed[b, p].sum() + made.plan.counts[b, p, :, 4].sum().item() / TILE
+        assert made.stats.density[b, p].item() == pytest.approx(computed / max(1, causal[b]))
+
+
+def raster_tiles(case: PlanCase) -> list[int]:
+    """Tiles that dense attention computes in raster order, of each batch row."""
+    dense = replace(case, patterns=(HeadPattern(),)).plan(1.0).listed[:, 0]
+    for b in range(case.batch):
+        non_empty = by_tile(case.allowed(b))
+        assert not (non_empty & ~dense[b]).any()
+        if case.window is case.spans is case.segments is None:
+            assert np.array_equal(dense[b], non_empty)
+    return dense.sum((1, 2)).tolist()
+
+
+@few
+@given(every_kind)
 def test_a_higher_cap_never_lists_less(case: PlanCase) -> None:
-    before = np.zeros_like(listed(case.plan()))
+    before = np.zeros_like(case.plan().listed)
     for cap in (0.05, 0.2, 0.4, 0.6, 0.8, 0.99, 1.0):
-        tiles = listed(case.plan(cap))
-        assert not (before & ~tiles).any()
-        before = tiles
+        listed = case.plan(cap).listed
+        assert not (before & ~listed).any()
+        before = listed
 
 
 @few
-@given(plan_cases(), st.one_of(st.none(), some_density))
+@given(every_kind, st.one_of(st.none(), some_density))
 def test_running_a_few_query_tiles_at_a_time_changes_nothing(case: PlanCase, cap: float | None) -> None:
     whole = case.plan(cap)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tile_bounds, "CHUNK", 1)
         pieces = case.plan(cap)
-    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    assert_same(whole, pieces)
 
 
 @few
-@given(plan_cases())
+@given(every_kind, st.one_of(st.none(), some_density))
+def test_each_row_is_planned_as_if_it_were_alone(case: PlanCase, cap: float | None) -> None:
+    made = case.plan(cap)
+    listed = made.listed
+    for p, pattern in enumerate(made.rows.patterns):
+        alone = replace(case, patterns=(pattern,)).plan(cap)
+        assert np.array_equal(alone.listed[:, 0], listed[:, p])
+        assert torch.equal(alone.stats.density[:, 0], made.stats.density[:, p])
+
+
+@few
+@given(plan_cases(), st.integers(0, 12))
+def test_nothing_is_written_outside_the_room_and_what_is_listed_is_right(case: PlanCase, room: int) -> None:
+    whole, cap = case.plan(0.5), 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "MANDATORY_TILES", 0)
+        patch.setattr(planning, "_tile_room", lambda *_: room)
+        made = case.plan(cap)
+    assert made.plan.tiles.shape[2] == room
+    assert torch.equal(made.plan.tiles, whole.plan.tiles[..., :room])
+    first, full, partial, *_ = made.plan.counts.unbind(-1)
+    assert (first + full + partial).max() <= room and made.plan.counts.min() >= 0
+    assert not (made.listed & ~whole.listed).any() and not (made.full & ~whole.full).any()
+
+
+def assert_same(one: Made, other: Made) -> None:
+    for parts in zip(one[1:4], other[1:4], strict=True):
+        for name, a, b in zip(parts[0]._fields, *parts, strict=True):
+            assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) if a.is_floating_point() else torch.equal(a, b), (
+                name
+            )
+
+
+@few
+@given(every_kind)
 def test_under_min_tokens_there_are_raster_orders_and_no_tiles(case: PlanCase) -> None:
     made = case.plan(min_tokens=case.key_length + 1)
-    assert (made.query_order == torch.arange(case.query_length)).all()
-    assert (made.key_order == torch.arange(case.key_length)).all()
-    assert (made.counts == 0).all() and (made.tiles == -1).all()
-    mask = element_mask(made.query_tags, made.key_tags, case.window).numpy()
-    for b, p, _ in rows(case):
-        assert np.array_equal(mask[b, p], case.allowed(b))
-    assert (density(made, case.window, case.key_length + 1) == 1).all()
-    assert (case.plan(min_tokens=case.key_length).tiles >= 0).any() == (case.plan().tiles >= 0).any()
+    assert (made.arrangement.query_order == torch.arange(case.query_length)).all()
+    assert (made.arrangement.key_order == torch.arange(case.key_length)).all()
+    assert not any(part.any() for part in (*made.plan[:3], *made.plan[4:])) and (made.plan.tiles == -1).all()
+    assert made.plan.counts.is_contiguous() and made.plan.tiles.is_contiguous()
+    allowed = made.allowed()
+    for b, p, _ in rows(case, made):
+        assert np.array_equal(allowed[b, p], case.allowed(b))
+    assert (made.stats.density == 1).all() and made.stats.recall.isnan().all()
+    assert_same(case.plan(min_tokens=case.key_length), case.plan())
 
 
 def one_sequence(length: int, pattern: HeadPattern, **parts: Any) -> PlanCase:
     """One causal sequence of one modality, but for `parts`."""
-    given = {"offsets": np.array([0, length]), "modality": np.array([1]), "key_valid": None, "segments": None}
-    given |= {"spans": None, "window": None, "interleaved": False, "patterns": (pattern,)}
+    given = {"offsets": np.array([0, length]), "modality": np.array([1]), "grid": np.zeros((1, 3), int)}
+    given |= {"key_valid": None, "segments": None, "spans": None, "window": None}
+    given |= {"interleaved": False, "patterns": (pattern,)}
     sizes = {"batch": 1, "query_length": length, "key_length": length, "query_offset": 0}
     return PlanCase(**{**sizes, **given, **parts})
 
@@ -192,23 +376,23 @@ def test_a_cap_keeps_the_nearest_tiles() -> None:
     # 210 tiles: a budget of 105 holds 20 + 19 of the diagonal and the sink, and 18, 17, 16, 15 of the rings.
     query, key = np.arange(tiles)[:, None], np.arange(tiles)[None]
     band = (key <= query) & ((query - key <= 4) | (key == 0))
-    assert np.array_equal(listed(made)[0, 0], band)
-    assert density(made).item() == pytest.approx(band.sum() / 210)
-    assert density(case.plan()).item() == 1.0
+    assert np.array_equal(made.listed[0, 0], band)
+    assert made.stats.density.item() == pytest.approx(band.sum() / 210)
+    assert case.plan().stats.density.item() == 1.0
 
 
 def test_density_of_a_batch_row_without_keys_is_zero() -> None:
     valid = np.array([[False] * 300, [True] * 300])
     made = one_sequence(300, HeadPattern("a_shape"), batch=2, key_valid=valid).plan()
-    assert density(made).tolist() == [[0.0], [1.0]]
-    assert (made.counts[0] == 0).all()
+    assert made.stats.density.tolist() == [[0.0], [1.0]]
+    assert (made.plan.counts[0] == 0).all()
 
 
 def test_the_sink_and_the_local_band_move_with_left_padding() -> None:
     length, padding = 10 * TILE, 3 * TILE
     pattern = HeadPattern("a_shape", sink=TILE, local=TILE)
     case = one_sequence(length, pattern, key_valid=(np.arange(length) >= padding)[None])
-    tiles = listed(case.plan())[0, 0]
+    tiles = case.plan().listed[0, 0]
     assert not tiles[:, :3].any() and not tiles[:3].any()
     assert tiles[3:, 3].all()
     assert np.flatnonzero(tiles[9]).tolist() == [3, 8, 9]
@@ -216,7 +400,7 @@ def test_the_sink_and_the_local_band_move_with_left_padding() -> None:
 
 @pytest.mark.parametrize("local", [1, 2, TILE + 1, TILE + 2])
 def test_the_local_band_ends_at_the_token(local: int) -> None:
-    tiles = listed(one_sequence(6 * TILE, HeadPattern("a_shape", sink=1, local=local)).plan())[0, 0]
+    tiles = one_sequence(6 * TILE, HeadPattern("a_shape", sink=1, local=local)).plan().listed[0, 0]
     query, key = np.arange(6)[:, None], np.arange(6)[None]
     back = (local - 1 + TILE - 1) // TILE  # key tiles that the first query of a tile reaches back
     assert np.array_equal(tiles, (key <= query) & ((query - key <= back) | (key == 0)))
@@ -227,7 +411,7 @@ def test_the_last_queries_are_the_last_valid_ones(padding: int) -> None:
     length, last = 8 * TILE, 7 - padding // TILE
     pattern = HeadPattern("tri_shape", sink=1, local=1, last=TILE)
     valid = (np.arange(length) < length - padding)[None]
-    per_row = listed(one_sequence(length, pattern, key_valid=valid).plan())[0, 0].sum(1).tolist()
+    per_row = one_sequence(length, pattern, key_valid=valid).plan().listed[0, 0].sum(1).tolist()
     # A row of padding looks at the sink and at the last valid key.
     assert per_row == [1, *[2] * (last - 1), last + 1, *[2] * (7 - last)]
 
@@ -243,7 +427,7 @@ def test_a_query_that_only_its_span_lets_see_keeps_its_nearest_key(window: int |
     pattern = HeadPattern("a_shape", sink=1, local=1)
     case = one_sequence(800, pattern, key_valid=valid, spans=(span, span), window=window)
     made = case.plan(cap)
-    computed = plan_mask(made.query_tags, made.key_tags, made.counts, made.tiles, window)[0, 0].numpy()
+    computed = made.computed()[0, 0]
     assert case.allowed(0)[200:].any(1).all()
     assert np.array_equal(computed.any(1), case.allowed(0).any(1))
 
@@ -253,7 +437,7 @@ def test_spans_reach_forward_as_far_as_the_local_band_reaches_back(local: int) -
     length = 6 * TILE
     span = np.zeros((1, length), int)
     pattern = HeadPattern("a_shape", sink=1, local=local)
-    tiles = listed(one_sequence(length, pattern, spans=(span, span)).plan())[0, 0]
+    tiles = one_sequence(length, pattern, spans=(span, span)).plan().listed[0, 0]
     query, key = np.arange(6)[:, None], np.arange(6)[None]
     reach = (local - 1 + TILE - 1) // TILE
     assert np.array_equal(tiles, (np.abs(query - key) <= reach) | (key == 0))
@@ -262,14 +446,14 @@ def test_spans_reach_forward_as_far_as_the_local_band_reaches_back(local: int) -
 def test_one_span_makes_full_tiles_but_not_where_keys_are_missing() -> None:
     span = np.zeros((1, 2 * TILE + 5), int)
     made = one_sequence(2 * TILE + 5, HeadPattern(), spans=(span, span)).plan()
-    assert made.counts[0, 0].tolist() == [[2, 1]] * 3
-    assert made.tiles[0, 0].tolist() == [[0, 1, 2]] * 3
+    assert made.plan.counts[0, 0].tolist() == [[3 * tile, 2, 1, 0, 0] for tile in range(3)]
+    assert made.plan.tiles[0, 0].tolist() == [0, 1, 2] * 3
 
 
 def test_a_negative_span_is_no_span() -> None:
     span = np.array([[-9, -2, -1, 0, 4]])
     valid = np.array([[True, True, True, True, False]])
-    made = one_sequence(5, HeadPattern(), spans=(span, span), key_valid=valid).plan()
+    made = one_sequence(5, HeadPattern(), spans=(span, span), key_valid=valid).arrange()
     assert made.query_tags[0, 0, 2].tolist() == [-1, -1, -1, 0, 4]
     assert made.key_tags[0, 0, 2].tolist() == [-1, -1, -1, 0, -2]
 
@@ -278,7 +462,8 @@ def test_one_long_segment_groups_by_modality_under_a_cached_prefix() -> None:
     # Two cached keys, then text, image, text: the 2D order puts both texts and the prefix before the image.
     segments = {"offsets": np.array([0, 1, 4, 6]), "modality": np.array([0, 1, 0])}
     pattern = HeadPattern("a_shape", boundary="2d")
-    made = one_sequence(6, pattern, key_length=8, query_offset=2, **segments).plan()
+    segments["grid"] = np.zeros((3, 3), int)
+    made = one_sequence(6, pattern, key_length=8, query_offset=2, **segments).arrange()
     assert made.query_order[0, 0].tolist() == [0, 4, 5, 1, 2, 3]
     assert made.key_order[0, 0].tolist() == [0, 1, 2, 6, 7, 3, 4, 5]
     assert made.query_tags[0, 0, 0].tolist() == [2, 6, 7, 3, 4, 5]
@@ -302,48 +487,72 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("cap", [None, 0.1])
 def test_a_million_tokens_need_no_host_value_and_no_huge_temporary(cap: float | None) -> None:
     length = 2**20
-    patterns = encode([HeadPattern("a_shape", boundary="2d"), HeadPattern("tri_shape")])
+    patterns = [
+        HeadPattern("a_shape", boundary="2d"),
+        HeadPattern("sf_fixed"),
+        HeadPattern("sf_strided", boundary="2d"),
+    ]
     # Fake tensors hold no data: a host sync or a shape that depends on data would raise here.
     with FakeTensorMode(), LargestTensor() as largest:
-        offsets, modality = torch.zeros(41, dtype=torch.int32), torch.zeros(40, dtype=torch.int32)
+        boundaries = [torch.zeros(41, dtype=torch.int32), torch.zeros(40, dtype=torch.int32)]
+        boundaries.append(torch.zeros(40, 3, dtype=torch.int32))
         valid = torch.ones(1, length, dtype=torch.bool)
         groups = torch.zeros(1, length, dtype=torch.int64)
-        grid = torch.zeros(40, 3, dtype=torch.int32)
-        made = plan(None, None, offsets, modality, grid, valid, groups, groups, groups, groups,
-                    1, length, length, 0, 4096, patterns, cap, 0)  # fmt: skip
-        assert density(made, 4096).shape == (1, 2)
-    assert [tuple(part.shape) for part in made] == list(plan_shapes(1, length, length, patterns))
-    assert largest.bytes == made.tiles.numel() * 4  # 512 MiB: the result itself
+        orders = encode_orders(*distinct_orders(patterns))
+        arrangement = arrange(None, None, *boundaries, valid, groups, groups, groups, groups,
+                              1, length, length, 0, orders, 0)  # fmt: skip
+        made, stats = plan(None, None, arrangement, *boundaries, 0, 1.0, 4096, True, True, encode(patterns),
+                           [-1] * 3, cap, None, 0)  # fmt: skip
+        assert stats.density.shape == (1, 3)
+    assert [tuple(part.shape) for part in made] == list(plan_shapes(1, length, length, encode(patterns), cap))
+    assert made.columns.shape == (1, 3, length // 64 + 1) and made.cold.shape == (1, 3, length)
+    # The result itself, or int64 values of the tiles classified at once, and little more for the ends of lists.
+    assert largest.bytes <= max(made.tiles.numel() * 4, tile_bounds.CHUNK * 8 * 17 // 16)
 
 
-def test_shapes_may_be_symbolic() -> None:
-    real = torch.zeros(2, 1000)
+def test_a_capped_list_has_no_room_for_every_tile() -> None:
+    every, capped, _ = ([*plan_shapes(1, 2**20, 2**20, encode([HeadPattern()]), cap)][3] for cap in (None, 0.05, 1.0))
+    assert every == (1, 1, 2**26)
+    assert capped[2] < 0.1 * every[2]
+
+
+@pytest.mark.parametrize("length", [1000, 50])
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_shapes_may_be_symbolic(length: int, cap: float | None) -> None:
+    real, patterns = torch.zeros(2, length), encode([HeadPattern("sf_fixed"), HeadPattern("vertical_slash")])
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-        batch, length = mode.from_tensor(real, static_shapes=False).shape
-        made = empty_plan(batch, length, length, encode([HeadPattern()]), torch.device("cpu"))
-    assert isinstance(made.tiles.shape[2], torch.SymInt)
-    assert [int(size) for size in made.tiles.shape] == [2, 1, 8, 8]
+        batch, tokens = mode.from_tensor(real, static_shapes=False).shape
+        made = empty_plan(batch, tokens, tokens, patterns, cap, torch.device("cpu"))
+    assert isinstance(made.tiles.shape[2], torch.SymInt) and isinstance(made.columns.shape[2], torch.SymInt)
+    expected = plan_shapes(2, length, length, patterns, cap)
+    assert [tuple(map(int, part.shape)) for part in made] == list(expected)
+
+
+@pytest.mark.parametrize("length", [1, 50, 63, 64])
+def test_blocks_longer_than_the_keys_leave_no_single_keys_but_their_room(length: int) -> None:
+    made = one_sequence(length, HeadPattern("sf_fixed")).plan()
+    assert made.plan.columns.shape[2] == length // 64 + 1 and made.plan.cold.shape[2] == length
+    assert made.columns(0, 0, 0) == ([63] if length == 64 else [])
+    assert made.computed().sum() == length * (length + 1) // 2
 
 
 def test_arguments_are_those_of_the_op_in_its_order() -> None:
     assert list(inspect.signature(plan).parameters) == [
         "query",
         "key",
+        "arrangement",
         "offsets",
         "modality",
         "grid",
-        "key_valid",
-        "query_segment",
-        "key_segment",
-        "query_span",
-        "key_span",
-        "batch",
-        "query_length",
-        "key_length",
         "query_offset",
+        "scale",
         "window",
+        "segments",
+        "spans",
         "patterns",
+        "heads",
         "density",
+        "recall",
         "min_tokens",
     ]
 
@@ -354,36 +563,60 @@ def test_arguments_are_those_of_the_op_in_its_order() -> None:
         ({"density": 0.0}, r"density=0\.0 .*\(0, 1\]"),
         ({"density": 1.5}, r"density=1\.5 .*\(0, 1\]"),
         ({"density": float("nan")}, r"density=nan .*\(0, 1\]"),
+        ({"recall": 0.0}, r"recall=0\.0 .*\(0, 1\]"),
+        ({"recall": -0.5}, r"recall=-0\.5 .*\(0, 1\]"),
         ({"window": 0}, r"window=0 .*at least 1"),
-        ({"query_length": 0}, r"query_length=0 .*at least 1"),
-        ({"batch": 0}, r"batch=0 .*at least 1"),
         ({"patterns": "a_shape"}, r"patterns: 'a_shape' is not JSON"),
-        ({"key_span": torch.zeros(1, 9)}, r"query_span=None .* or neither"),
-        ({"query_segment": torch.zeros(1, 9)}, r"key_segment=None .* or neither"),
+        ({"heads": []}, r"heads has 0 entries; 1, one for each of the patterns"),
+        ({"patterns": encode([HeadPattern("top_p")])}, r"patterns\[0\]: top_p.* from query and key; pass both"),
+        (
+            {
+                "patterns": encode([HeadPattern("grid")]),
+                "query": torch.zeros(1, 2, 9, 4),
+                "key": torch.zeros(1, 1, 9, 4),
+            },
+            r"heads\[0\]=-1 is not a head of query; from 0 to 1",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change: dict[str, object], said: str) -> None:
     case = one_sequence(9, HeadPattern())
     with pytest.raises(ValueError, match=said):
-        plan(**{**case.arguments(None, 0), **change})
+        plan(**{**case.plan_arguments(case.arrange(), None, 0), **change})
+
+
+def test_density_one_needs_no_data() -> None:
+    case = one_sequence(300, HeadPattern("grid", stride=16))
+    assert np.array_equal(case.plan(1.0).computed()[0, 0], case.allowed(0))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cap", [None, 0.2, 1.0])
 def test_plan_never_waits_for_the_device(cap: float | None) -> None:
     length = 5000
-    patterns = encode([HeadPattern("a_shape", boundary="2d"), HeadPattern("tri_shape", local=512)])
+    patterns = [
+        HeadPattern("a_shape", boundary="2d"),
+        HeadPattern("tri_shape", local=512),
+        HeadPattern("sf_fixed"),
+        HeadPattern("sf_strided", boundary="q"),
+        HeadPattern("a_shape", order="column"),
+    ]
     offsets = torch.tensor([0, 100, 4000, 5000], dtype=torch.int32)
-    modality, grid = torch.tensor([0, 1, 0], dtype=torch.int32), torch.zeros(3, 3, dtype=torch.int32)
+    modality = torch.tensor([0, 1, 0], dtype=torch.int32)
+    grid = torch.tensor([[0, 0, 0], [39, 10, 10], [0, 0, 0]], dtype=torch.int32)
     valid, groups = torch.rand(1, length) < 0.9, torch.arange(length).unsqueeze(0) // 900
+    orders = encode_orders(*distinct_orders(patterns))
 
-    def run(device: str) -> TilePlan:
+    def run(device: str) -> list[torch.Tensor]:
         parts = [part.to(device) for part in (offsets, modality, grid, valid, groups)]
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return plan(None, None, *parts[:4], parts[4], parts[4], parts[4], parts[4],
-                        1, length, length, 0, 3000, patterns, cap, 0)  # fmt: skip
+            arrangement = arrange(None, None, *parts[:4], parts[4], parts[4], parts[4], parts[4],
+                                  1, length, length, 0, orders, 0)  # fmt: skip
+            made, stats = plan(None, None, arrangement, *parts[:3], 0, 1.0, 3000, True, True, encode(patterns),
+                               [-1] * 5, cap, None, 0)  # fmt: skip
+            return [*arrangement, *made, stats.density]
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -1,4 +1,4 @@
-"""An inner backend that runs the rewritten graph node by node and keeps what the plans were given.
+"""An inner backend that runs the rewritten graph node by node and keeps what the arrangements were given.
 
 A dispatch mode cannot do this: Dynamo compiles nothing while one is active.
 """
@@ -7,14 +7,14 @@ import torch
 from torch import fx
 from torch._dynamo.backends.registry import register_backend
 
-plan_arguments: list[dict] = []
+arrange_arguments: list[dict] = []
 
 
 class _Spy(fx.Interpreter):
     def call_function(self, target, args, kwargs):
-        if target is torch.ops.mminference.plan.default:
+        if target is torch.ops.mminference.arrange.default:
             names = [argument.name for argument in target._schema.arguments]
-            plan_arguments.append(dict(zip(names, args, strict=False)))
+            arrange_arguments.append(dict(zip(names, args, strict=False)))
         return super().call_function(target, args, kwargs)
 
 

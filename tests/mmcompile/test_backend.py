@@ -130,11 +130,11 @@ def test_no_recompile_for_new_lengths_and_new_boundaries():
 def test_bound_boundaries_reach_the_plan_and_never_outlive_their_call():
     run = compiled(Decoder(layers=1), inner="spy_on_plans")
     boundaries = ModalityBoundaries(torch.tensor([0, 100, 300]).int(), torch.tensor([0, 2]).int())
-    spy.plan_arguments.clear()
+    spy.arrange_arguments.clear()
     with mmcompile.bind(boundaries):
         run(tokens(300))
     run(tokens(300))
-    first, second = map(spy.segments, spy.plan_arguments)
+    first, second = map(spy.segments, spy.arrange_arguments)
     assert first == [(0, 0), (100, 2)]
     assert second == [(0, 0)]  # unknown again
 

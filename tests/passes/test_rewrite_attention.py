@@ -46,12 +46,14 @@ def test_the_callers_graph_is_never_edited():
     assert len(rewritten.sparse) == 2
 
 
-def test_boundaries_come_last_among_the_inputs_and_densities_last_among_the_outputs():
+def test_boundaries_come_last_among_the_inputs_and_figures_last_among_the_outputs():
     module = captured()
     rewritten = run_passes(module, A_SHAPE)
     names = [node.name for node in placeholders(rewritten.module.graph)]
     assert tuple(names[-3:]) == BOUNDARY_NAMES
-    assert len(output_node(rewritten.module.graph).args[0]) == len(output_node(module.graph).args[0]) + 2
+    assert (
+        len(output_node(rewritten.module.graph).args[0]) == len(output_node(module.graph).args[0]) + 4
+    )  # density and recall of each site
 
 
 def test_raster_patterns_permute_nothing_and_share_one_plan():
@@ -94,7 +96,7 @@ def test_permutations_in_another_order_are_not_folded():
     assert op_count(module, OPS.permute.default) == before
 
 
-def test_keys_are_copied_once_for_each_order_that_their_heads_use():
+def test_each_key_head_is_copied_once_in_each_order():
     def grouped(x):
         k = x[:, :2]
         return F.scaled_dot_product_attention(x, k, k, is_causal=True, enable_gqa=True)
@@ -116,11 +118,30 @@ def test_keys_are_copied_once_for_each_order_that_their_heads_use():
 
     module = run_passes(captured(Layered()), table).module
     (attention,) = module.graph.find_nodes(op="call_function", target=OPS.block_sparse_attention.default)
-    key, head_plan, key_head = attention.args[1], attention.args[7], attention.args[8]
-    assert key.target is OPS.permute.default
-    assert list(key.args[2]) == [0, 0, 1]
-    assert list(head_plan) == [0, 1, 0, 0]
-    assert list(key_head) == [0, 1, 2, 2]
+    names = [argument.name for argument in OPS.block_sparse_attention.default._schema.arguments]
+    arguments = dict(zip(names, attention.args, strict=False))
+    assert arguments["key"].target is OPS.permute.default
+    _, _, _, source_head, order = arguments["key"].args
+    assert (list(source_head), list(order)) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    assert list(arguments["head_plan"]) == [0, 1, 0, 0]
+    assert list(arguments["key_head"]) == [0, 0, 2, 2]
+
+
+AUTO = HeadPattern("top_p", order="auto", columns=64)
+
+
+@pytest.mark.parametrize(("search", "arrangements"), [(True, 2), (False, 1)])
+def test_estimated_patterns_are_planned_for_each_site_on_one_arrangement(search, arrangements):
+    module = run_passes(captured(), AUTO, search_strides=search).module
+    assert op_count(module, OPS.plan.default) == 2
+    assert op_count(module, OPS.arrange.default) == arrangements
+    for plan in module.graph.find_nodes(op="call_function", target=OPS.plan.default):
+        assert plan.args[0] is not None and plan.args[1].target is OPS.permute.default
+
+
+def test_a_cap_of_everything_needs_no_estimate():
+    module = run_passes(captured(), AUTO, density=1.0, search_strides=False).module
+    assert op_count(module, OPS.plan.default) == 1
 
 
 def test_repeated_heads_and_the_mask_are_gone():

@@ -1,0 +1,155 @@
+"""Patterns made of lines, estimated from a few queries: Vertical-Slash and Grid (arXiv 2504.16083, section 3.1)."""
+
+import torch
+from torch import Tensor
+
+from mmcompile.kernels.levels import OwnSites, rings, site_bounds
+from mmcompile.kernels.orders import NO_SITE
+from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern
+from mmcompile.kernels.probes import Probes
+from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.single_keys import Columns
+from mmcompile.kernels.tile_list import Layout
+
+LAST_QUERIES = 64
+HORIZONTAL = 0.5  # share of its attention that a query must put outside the other lines for its site to see everything
+
+
+def last_slots(rows: Rows, grouped: bool) -> Tensor:
+    """The slots of the last 64 queries, int64 [N, R]; of each modality where the order groups them."""
+    scene = rows.scene
+    back = torch.arange(-LAST_QUERIES, 0, device=rows.choice.device)
+    if grouped:
+        each = torch.arange(MODALITIES, device=rows.choice.device).view(1, -1, 1)
+        end = (scene.query_modality.unsqueeze(1) <= each).sum(-1)  # [B, MODALITIES], where each group ends
+        slot = (end.unsqueeze(-1) + back).flatten(1)
+    else:
+        slot = (scene.query_modality.shape[1] + back).expand(scene.batch, -1)
+    return slot.clamp(min=0).repeat_interleave(len(rows.heads), 0)
+
+
+class Diagonals:
+    """Tiles on chosen diagonals: those as many tiles before the query's own key as the last queries attended to.
+
+    levels: the rank of each distance, most attention first, int64 [N, nK + 1]; the last entry is for later tiles.
+    """
+
+    def __init__(self, layout: Layout, own_slots: Tensor, mass: Tensor, own_tiles: Tensor, wanted: int) -> None:
+        """own_slots: int64 [N, Sq]. mass: float [N, R, nK] of some queries, own_tiles: int32 [N, R] theirs."""
+        key_tiles = layout.shape[2]
+        self.count = min(wanted, key_tiles)
+        distance = own_tiles.unsqueeze(-1) - torch.arange(key_tiles, device=mass.device)
+        distance = torch.where(distance >= 0, distance, key_tiles).long()
+        held = mass.new_zeros(mass.shape[0], key_tiles + 1).scatter_add_(1, distance.flatten(1), mass.flatten(1))
+        best = held[:, :-1].topk(self.count, -1).indices
+        rank = torch.arange(self.count, device=mass.device).expand_as(best)
+        self.levels = torch.full_like(distance[:, 0], self.count)
+        self.levels = torch.nn.functional.pad(self.levels, (0, 1), value=self.count).scatter_(1, best, rank)
+        # The own keys of a tile of queries lie in two tiles at most where both stand in one order.
+        last = torch.arange(layout.shape[1], device=mass.device) * TILE + TILE - 1
+        last = last.clamp(max=own_slots.shape[1] - 1)
+        self.own = [own_slots[:, ::TILE] // TILE, own_slots.index_select(1, last) // TILE]  # [N, nQ]
+        self.key_tile = torch.arange(key_tiles, device=mass.device)
+
+    def of(self, rows: slice) -> Tensor:
+        key_tiles = self.key_tile.shape[0]
+        levels = []
+        for own in self.own:
+            distance = own[:, rows, None] - self.key_tile
+            distance = torch.where(distance >= 0, distance, key_tiles)
+            levels.append(self.levels.gather(1, distance.flatten(1)).view(distance.shape))
+        return torch.minimum(*levels)
+
+    def mass(self, rows: slice) -> None:
+        return None
+
+
+def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern) -> tuple[Columns, Diagonals]:
+    """The single keys with the largest column sums, and the diagonals with the largest sums, of the last 64 queries.
+
+    A diagonal is 128 keys wide, as tiles are. In a grouped order each modality's last queries count for themselves.
+    """
+    slot = last_slots(rows, pattern.boundary in ("q", "2d"))
+    mass, total = rows.tile_mass(slot)
+    samples = slot.unflatten(1, (-1, LAST_QUERIES))
+    by_modality = total.unflatten(1, (-1, LAST_QUERIES))
+    weights = [rows.key_mass(samples[:, g], by_modality[:, g], 0) for g in range(samples.shape[1])]
+    weight = torch.stack(weights).amax(0)
+    best = weight.topk(min(pattern.vertical, weight.shape[-1]), -1)
+    columns = Columns.of(rows, best.indices, best.values > 0.0)
+    wanted_diagonals = -(-pattern.slash // TILE)
+    return columns, Diagonals(layout, rows.own_slots(), mass, rows.own_tiles(slot), wanted_diagonals)
+
+
+class GridLines:
+    """Tiles on the lines of a grid; tokens stand by site, so that a line is a run of slots.
+
+    Vertical lines are the keys of the site with the most attention, horizontal ones the queries of the site that puts
+    the most attention elsewhere, slash lines each query's own site.
+    """
+
+    def __init__(self, rows: Rows, layout: Layout, lines: str) -> None:
+        scene = rows.scene
+        self.count = layout.shape[2] + 1
+        of_query = [scene.arrangement.query_site[:, query] for query, _ in rows.pairs]
+        of_key = [scene.arrangement.key_site[:, key] for _, key in rows.pairs]
+        self.layout = layout
+        self.own = OwnSites(layout, torch.stack(of_query, 1).flatten(0, 1), torch.stack(of_key, 1).flatten(0, 1))
+        self.lines = lines
+        self.vertical = torch.full((rows.rows,), NO_SITE, dtype=torch.int64, device=rows.choice.device)
+        self.horizontal = self.vertical.clone()
+        self.key_first, self.key_last = (rows.of_pairs([bound]) for bound in site_bounds(of_key[0]))
+        self.query_first, self.query_last = (rows.of_pairs([bound]) for bound in site_bounds(of_query[0]))
+        if "v" in lines:
+            self.vertical = self._most_attended(rows, rows.of_pairs(of_key))
+        if "h" in lines:
+            self.horizontal = self._sees_elsewhere(rows, rows.of_pairs(of_query))
+
+    def of(self, rows: slice) -> Tensor:
+        chosen = self._of_keys(rows)
+        if "h" in self.lines:
+            site = self.horizontal.unsqueeze(-1)
+            chosen |= ((self.query_first[:, rows] <= site) & (site <= self.query_last[:, rows])).unsqueeze(-1)
+        return torch.where(chosen, self.layout.of_row(rings(self.layout.bounds, rows)), self.count)
+
+    def mass(self, rows: slice) -> None:
+        return None
+
+    def _of_keys(self, rows: slice) -> Tensor:
+        """Tiles of slash and vertical lines, bool [N, rows, nK]."""
+        site = self.vertical.unsqueeze(-1)
+        chosen = ((self.key_first <= site) & (site <= self.key_last)).unsqueeze(1)
+        if "s" in self.lines:
+            return chosen | (self.own.of(rows) < self.own.count)
+        return chosen.repeat(1, rows.stop - rows.start, 1)
+
+    def _most_attended(self, rows: Rows, key_site: Tensor) -> Tensor:
+        """The site with the most attention of the probes, int64 [N]."""
+        slot = torch.cat(Probes.of(rows).choosing, -1)
+        weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0)
+        return _strongest(key_site, weight)
+
+    def _sees_elsewhere(self, rows: Rows, query_site: Tensor) -> Tensor:
+        """The site whose queries, one a tile, put the most attention outside the other lines, int64 [N]; `NO_SITE`
+        where none puts half of it there."""
+        length = query_site.shape[1]
+        middle = torch.arange(self.layout.shape[1], device=query_site.device) * TILE + TILE // 2
+        slot = middle.clamp_(max=length - 1).expand(rows.rows, -1)
+        outside = []
+        for part in self.layout.chunks():
+            chosen = self._of_keys(part) | self.layout.mandatory(part)
+            outside.append((rows.tile_mass(slot[:, part])[0] * ~chosen).sum(-1))
+        site = query_site.gather(1, slot)
+        weight = torch.cat(outside, 1)
+        # The mean over the tiles of a site.
+        total = weight.new_zeros(weight.shape[0], length + 1).scatter_add_(1, (site + 1).long(), weight)
+        count = torch.zeros_like(total).scatter_add_(1, (site + 1).long(), torch.ones_like(weight))
+        mean = total[:, 1:] / count[:, 1:].clamp(min=1)
+        most, index = mean.max(-1)
+        return torch.where(most > HORIZONTAL, index, NO_SITE)
+
+
+def _strongest(site: Tensor, weight: Tensor) -> Tensor:
+    """The site with the largest sum of weights. site: int32 [N, S] below S, weight: float [N, S]. int64 [N]."""
+    total = weight.new_zeros(site.shape[0], site.shape[1] + 1).scatter_add_(1, (site + 1).long(), weight)
+    return total[:, 1:].argmax(-1)

@@ -1,0 +1,203 @@
+"""What every planner of one attention looks at, and the plan rows it plans for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmcompile.kernels.arrange import Arrangement
+from mmcompile.kernels.head_indices import head_indices
+from mmcompile.kernels.orders import slots
+from mmcompile.kernels.patterns import MODALITIES, TILE
+from mmcompile.kernels.tile_bounds import tile_count
+from mmcompile.kernels.tile_mass import column_mass, tile_log_mass
+
+Pair = tuple[int, int]  # a row of the query orders, a row of the key orders
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One attention: lengths are Sq and Sk, Oq and Ok its orders."""
+
+    query: Tensor | None  # [B, H, Sq, D] in token order
+    key: Tensor | None  # [B, KV * Ok, Sk, D]: each key head in each key order, in slot order
+    arrangement: Arrangement
+    key_tags: Tensor  # int32 [B, 3, Sk] in token order
+    query_modality: Tensor  # int32 [B, Sq] in token order
+    key_modality: Tensor  # int32 [B, Sk]
+    query_offset: int
+    scale: float
+    window: int | None
+    segments: bool
+    spans: bool
+    made: dict[tuple[str, Any], Tensor] = field(default_factory=dict)  # what several planners ask for
+
+    @property
+    def batch(self) -> int:
+        return self.arrangement.query_order.shape[0]
+
+    @property
+    def query_tiles(self) -> int:
+        return tile_count(self.arrangement.query_order.shape[2])
+
+    @property
+    def key_tiles(self) -> int:
+        return tile_count(self.arrangement.key_order.shape[2])
+
+    def key_slot(self, row: int) -> Tensor:
+        """int32 [B, Sk], position -> slot of a key order."""
+        return self._once("key slot", row, lambda: slots(self.arrangement.key_order[:, row]))
+
+    def own_slot(self, pair: Pair) -> Tensor:
+        """The key slot of each query slot's own token, int64 [B, Sq]; of the nearest key where it has none."""
+        return self._once("own slot", pair, lambda: self._own_slot(pair))
+
+    def has_modality(self) -> Tensor:
+        """Which modalities the queries have, bool [B, MODALITIES]."""
+        each = torch.arange(MODALITIES, device=self.query_modality.device).view(1, -1, 1)
+        return self._once("modalities", None, lambda: (self.query_modality.unsqueeze(1) == each).any(-1))
+
+    def last_tiles(self, query_order: int) -> Tensor:
+        """The query tiles, in an order, of the last query of each modality, int64 [B, MODALITIES]; any tile for a
+        modality that is absent."""
+        return self._once("last tiles", query_order, lambda: self._last_tiles(query_order))
+
+    def _own_slot(self, pair: Pair) -> Tensor:
+        position = self.arrangement.query_tags[:, pair[0], 0].long()
+        return self.key_slot(pair[1]).gather(-1, position.clamp(0, self.key_tags.shape[-1] - 1)).long()
+
+    def _last_tiles(self, query_order: int) -> Tensor:
+        length = self.query_modality.shape[1]
+        token = torch.arange(length, device=self.query_modality.device)
+        each = torch.arange(MODALITIES, device=token.device).view(1, -1, 1)
+        of_modality = torch.where(self.query_modality.unsqueeze(1) == each, token, -1).amax(-1)  # [B, MODALITIES]
+        of_modality = torch.where(of_modality < 0, length - 1, of_modality)
+        slot = slots(self.arrangement.query_order[:, query_order])
+        return slot.gather(-1, of_modality).long() // TILE
+
+    def _once(self, what: str, of: Any, make: Callable[[], Tensor]) -> Tensor:
+        if (what, of) not in self.made:
+            self.made[what, of] = make()
+        return self.made[what, of]
+
+
+class Rows(NamedTuple):
+    """The plan rows of some heads that share a pattern: N = B * heads, the heads of one batch row together."""
+
+    scene: Scene
+    heads: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    by_site: tuple[bool, ...]  # of each pair, whether tokens stand by site
+    choice: Tensor  # int64 [B, heads], the pair of orders of each
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.scene.batch * len(self.heads)
+
+    @property
+    def query_row(self) -> Tensor:
+        return self._of_choice([query for query, _ in self.pairs])
+
+    @property
+    def key_row(self) -> Tensor:
+        return self._of_choice([key for _, key in self.pairs])
+
+    @property
+    def pair(self) -> Tensor:
+        """int64 [N], index into the pairs of all batch rows, [B * pairs]."""
+        first = torch.arange(self.scene.batch, device=self.choice.device).unsqueeze(1) * len(self.pairs)
+        return (first + self.choice).flatten()
+
+    def of_pairs(self, of_pair: Sequence[Tensor]) -> Tensor:
+        """What is known of each pair, [B, ...] each, for the rows: [N, ...]."""
+        return torch.stack(list(of_pair), 1).flatten(0, 1).index_select(0, self.pair)
+
+    def own_slots(self) -> Tensor:
+        """int64 [N, Sq]."""
+        return self.of_pairs([self.scene.own_slot(pair) for pair in self.pairs])
+
+    def own_tiles(self, slot: Tensor) -> Tensor:
+        """The key tile of each sampled query's own token. slot: int64 [N, R]. Returns int32 [N, R]."""
+        return (self.own_slots().gather(-1, slot) // TILE).int()
+
+    def tile_mass(self, slot: Tensor, cold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Softmax of sampled queries by key tile. slot: [N, R], query slots. cold: bool [N, Sk].
+
+        Returns the share of each tile among the keys that are cold, float [N, R, nK], and the log of their total,
+        [N, R].
+        """
+        by_head = None if cold is None else cold.unflatten(0, (self.scene.batch, -1))
+        log = tile_log_mass(**self._sampled(slot), cold=by_head).flatten(0, 1)
+        total = torch.logsumexp(log, -1)
+        return (log - total.unsqueeze(-1)).exp_().nan_to_num_(0.0), total
+
+    def key_mass(self, slot: Tensor, total: Tensor, skip_tiles: int) -> Tensor:
+        """Mean weight of each key over the sampled queries that see it, float [N, Sk] in key slots, the keys of the
+        `skip_tiles` latest tiles left out."""
+        own = self.own_tiles(slot).unflatten(0, (self.scene.batch, -1))
+        by_head = total.unflatten(0, (self.scene.batch, -1))
+        return column_mass(**self._sampled(slot), log_total=by_head, own_tile=own, skip_tiles=skip_tiles).flatten(0, 1)
+
+    def of_copies(self, of_copy: Tensor) -> Tensor:
+        """What is known of each key copy, [B, C, ...], for the rows: [N, ...]."""
+        copy = head_indices(self.first_copies, self.choice.device) + self.key_row  # [B, heads]
+        batch = torch.arange(self.scene.batch, device=copy.device).unsqueeze(1)
+        return of_copy[batch, copy.long()].flatten(0, 1)
+
+    def keys(self) -> Tensor:
+        """The keys of each row, [N, Sk, D]: a copy, for estimates that need every key by itself."""
+        assert self.scene.key is not None
+        return self.of_copies(self.scene.key)
+
+    def queries(self, slot: Tensor) -> Tensor:
+        """Queries in slots. slot: int64 [N, R]. Returns [N, R, D]."""
+        scene = self.scene
+        assert scene.query is not None
+        order = self.of_pairs([scene.arrangement.query_order[:, query] for query, _ in self.pairs])
+        token = order.gather(-1, slot).unflatten(0, (scene.batch, -1)).long()  # [B, heads, R]
+        batch = torch.arange(scene.batch, device=token.device).view(-1, 1, 1)
+        head = head_indices(self.heads, token.device).long().view(1, -1, 1)
+        return scene.query[batch, head, token].flatten(0, 1)
+
+    @property
+    def first_copies(self) -> tuple[int, ...]:
+        scene = self.scene
+        assert scene.query is not None and scene.key is not None
+        orders = scene.arrangement.key_order.shape[1]
+        group = scene.query.shape[1] // (scene.key.shape[1] // orders)
+        return tuple(head // group * orders for head in self.heads)
+
+    def _of_choice(self, rows: list[int]) -> Tensor:
+        """int32 [B, heads]."""
+        result = torch.full_like(self.choice, rows[0], dtype=torch.int32)
+        for index, row in enumerate(rows[1:], 1):
+            result.masked_fill_(self.choice == index, row)
+        return result
+
+    def _sampled(self, slot: Tensor) -> dict[str, Any]:
+        scene = self.scene
+        return {
+            "query": scene.query,
+            "key": scene.key,
+            "query_order": scene.arrangement.query_order,
+            "query_tags": scene.arrangement.query_tags,
+            "key_tags": scene.arrangement.key_tags,
+            "slots": slot.int().unflatten(0, (scene.batch, -1)),
+            "query_row": self.query_row,
+            "key_row": self.key_row,
+            "heads": self.heads,
+            "key_head": self.first_copies,
+            "scale": scene.scale,
+            "window": scene.window,
+            "segments": scene.segments,
+            "spans": scene.spans,
+        }
+
+
+def scattered(tile: Tensor, offset: int) -> Tensor:
+    """A slot of each tile, int64: `offset` rows further, and other rows from tile to tile. By site, tokens of one frame
+    stand at regular distances, and a fixed row might meet no other frame."""
+    return tile * TILE + (tile * 37 + offset) % TILE

@@ -1,0 +1,89 @@
+"""Estimates of the attention that each query tile puts on each key tile: what "top_p" keeps the most of.
+
+Each function returns, for some query tiles, the share of each key tile: float [N, rows, nK], 0 for empty tiles.
+"""
+
+import torch
+from torch import Tensor
+
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.scene import Rows, scattered
+from mmcompile.kernels.tags import INVALID
+from mmcompile.kernels.tile_bounds import by_tile
+from mmcompile.kernels.tile_list import Layout
+
+ANTIDIAGONAL = 16  # queries and keys of one antidiagonal (XAttention's stride)
+
+
+def tile_slots(rows: slice, length: int, device: torch.device) -> Tensor:
+    """Every query slot of some tiles, int64 [rows * TILE]; past the end the last one."""
+    return torch.arange(rows.start * TILE, rows.stop * TILE, device=device).clamp_(max=length - 1)
+
+
+def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Two query slots that stand for each tile. tile: int64 [N, R], query tiles. Returns int64 [N, R] twice.
+
+    One is the tile's first: in raster order a slanted line enters the tile's keys there; by site, its earlier keys may
+    stand in other tiles. The other is the last in raster order, where a slanted line leaves, and by site one in the
+    second half, another from tile to tile.
+    """
+    by_site = of.of_pairs([torch.full_like(of.choice[:, 0], site) for site in of.by_site]).bool().unsqueeze(-1)
+    last = of.scene.query_modality.shape[1] - 1
+    second = torch.where(by_site, scattered(tile, TILE // 2), tile * TILE + TILE - 1)
+    return (tile * TILE).clamp(max=last), second.clamp(max=last)
+
+
+def sampled_mass(of: Rows, layout: Layout, rows: slice, cold: Tensor | None) -> Tensor:
+    """Exact attention of two queries of each tile, averaged. cold: bool [N, Sk], the keys that count; None for all."""
+    tile = torch.arange(rows.start, rows.stop, device=layout.pair.device).expand(of.rows, -1)
+    first, second = of.tile_mass(torch.cat(sample_slots(of, tile), -1), cold)[0].chunk(2, 1)
+    return (first + second) / 2
+
+
+def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
+    """Mean query against mean key (FlexPrefill, arXiv 2502.20766; FlashPrefill pools keys alike)."""
+    query = of.queries(tile_slots(rows, of.scene.query_modality.shape[1], layout.pair.device).expand(of.rows, -1))
+    query = query.float().unflatten(1, (-1, TILE)).mean(2)
+    key, usable = _pooled_keys(of)
+    scores = query @ key.transpose(1, 2) * of.scene.scale + usable.log().unsqueeze(1)
+    return _shares(scores, layout.non_empty(rows))
+
+
+def antidiagonal_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
+    """Sums of scores along antidiagonals of 16 x 16 blocks, softmax over blocks, summed by tile (XAttention, arXiv
+    2503.16428). In blocks of a few rows, because there are 64 blocks in a tile."""
+    scene, device = of.scene, layout.pair.device
+    key = _padded(of.keys()).unflatten(1, (-1, ANTIDIAGONAL)).flatten(2)  # [N, nK * 8, 16 * D]
+    shares = []
+    for start in range(rows.start, rows.stop, max(1, (rows.stop - rows.start) // 16)):
+        part = slice(start, min(start + max(1, (rows.stop - rows.start) // 16), rows.stop))
+        query = of.queries(tile_slots(part, scene.query_modality.shape[1], device).expand(of.rows, -1))
+        query = query.unflatten(1, (-1, ANTIDIAGONAL)).flip(2).flatten(2)  # [N, rows * 8, 16 * D]
+        scores = (query @ key.transpose(1, 2)).float() * (scene.scale / ANTIDIAGONAL)
+        blocks = TILE // ANTIDIAGONAL
+        allowed = layout.non_empty(part).repeat_interleave(blocks, 1).repeat_interleave(blocks, 2)
+        shares.append(_shares(scores, allowed).unflatten(1, (-1, blocks)).unflatten(3, (-1, blocks)).mean(2).sum(-1))
+    return torch.cat(shares, 1)
+
+
+def _shares(scores: Tensor, allowed: Tensor) -> Tensor:
+    return torch.softmax(scores.masked_fill_(~allowed, float("-inf")), -1).nan_to_num_(0.0)
+
+
+def _pooled_keys(of: Rows) -> tuple[Tensor, Tensor]:
+    """Mean of the valid keys of each tile, float [N, nK, D], and how many they are, float [N, nK]."""
+    scene = of.scene
+    assert scene.key is not None
+    usable = by_tile(scene.arrangement.key_tags[:, :, 0] != INVALID, False)  # [B, Ok, nK, TILE]
+    copies = scene.key.shape[1] // usable.shape[1]
+    weight = usable.repeat(1, copies, 1, 1).to(scene.key.dtype)  # [B, C, nK, TILE]
+    keys = _padded(scene.key).unflatten(2, (-1, TILE))
+    count = weight.float().sum(-1)
+    # A matrix product, so that no float32 copy of the keys is made.
+    pooled = (weight.unsqueeze(-2) @ keys).squeeze(-2).float() / count.clamp(min=1).unsqueeze(-1)
+    return of.of_copies(pooled), of.of_copies(count)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    missing = -rows.shape[-2] % TILE
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows

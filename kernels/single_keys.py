@@ -1,0 +1,96 @@
+"""Single keys: lists that all query tiles of a plan row share, and lists of each query tile's own."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.scores import tile_slots
+from mmcompile.kernels.tags import INVALID
+from mmcompile.kernels.tile_bounds import by_tile
+from mmcompile.kernels.tile_list import Layout
+
+SCORES_AT_ONCE = 2**25  # mean queries x keys
+
+
+class Columns(NamedTuple):
+    """Single keys that every query tile computes: none of them is attended through a tile."""
+
+    slots: Tensor  # int32 [N, C], ascending positions, unused entries last
+    counts: Tensor  # int32 [N, nQ], how many of them a query tile can reach
+    cold: Tensor  # bool [N, Sk] in key slots: False for the keys above
+
+    @classmethod
+    def of(cls, rows: Rows, slot: Tensor, wanted: Tensor) -> "Columns":
+        """slot: int64 [N, C], different key slots; wanted: bool [N, C], those to list."""
+        scene = rows.scene
+        key_position = rows.of_pairs([scene.arrangement.key_tags[:, key, 0] for _, key in rows.pairs])
+        position = key_position.gather(-1, slot).masked_fill(~wanted, INVALID)
+        position, by_position = position.sort(-1)
+        listed = slot.gather(-1, by_position).masked_fill_(position == INVALID, 0)
+        cold = torch.ones_like(key_position, dtype=torch.bool)
+        # Unwanted slots may repeat a wanted one, so they must not write.
+        spare = torch.where(wanted, slot, cold.shape[-1])
+        cold = torch.nn.functional.pad(cold, (0, 1)).scatter_(-1, spare, False)[:, :-1].contiguous()
+        if scene.spans:  # later keys may be reached as well
+            counts = (position < INVALID).sum(-1, dtype=torch.int32).unsqueeze(-1).expand(-1, scene.query_tiles)
+        else:
+            last = [by_tile(scene.arrangement.query_tags[:, query, 0], -1).amax(-1) for query, _ in rows.pairs]
+            counts = torch.searchsorted(position, rows.of_pairs(last), right=True, out_int32=True)
+        return cls(listed.int(), counts, cold)
+
+    def hot_tiles(self) -> Tensor:
+        """Tiles with a key that is not cold, bool [N, nK]."""
+        return by_tile(~self.cold, False).any(-1)
+
+
+def block_ends(rows: Rows, stride: Tensor) -> Columns:
+    """The last key of each block of `stride` tokens, an int64 tensor without dimensions, in raster order."""
+    keys = rows.scene.key_tags.shape[-1]
+    end = torch.arange(1, block_end_count(keys) + 1, device=stride.device) * stride - 1
+    wanted = (end < keys).expand(rows.rows, -1)
+    return Columns.of(rows, end.clamp(max=keys - 1).expand(rows.rows, -1), wanted)
+
+
+LEAST_BLOCK = 64  # tokens of a block; what a list of their ends has room for
+
+
+def block_end_count(keys: Any) -> Any:  # an int, or a SymInt while tracing
+    return keys // LEAST_BLOCK + 1  # never 0, whatever the length: without columns a plan has no `cold`
+
+
+class OwnKeys(NamedTuple):
+    """Single keys of each query tile."""
+
+    slots: Tensor  # int32 [N, nQ * C]
+    first: Tensor  # int32 [nQ], where the list of each query tile starts
+    counts: Tensor  # int32 [N, nQ]
+
+
+def list_own_keys(rows: Rows, layout: Layout, most: int) -> OwnKeys:
+    """The `most` keys that each query tile's mean query attends to, outside the mandatory tiles (VecAttention)."""
+    scene = rows.scene
+    count, query_tiles, _ = layout.shape
+    keys = scene.key_tags.shape[-1]
+    key = rows.keys().float()  # [N, Sk, D]
+    key_position = rows.of_pairs([scene.arrangement.key_tags[:, key_row, 0] for _, key_row in rows.pairs])
+    step = max(1, SCORES_AT_ONCE // (count * keys))
+    found = min(most, keys)
+    listed, counts = [], []
+    for start in range(0, query_tiles, step):
+        part = slice(start, min(start + step, query_tiles))
+        slot = tile_slots(part, scene.query_modality.shape[1], key.device)
+        query = rows.queries(slot.expand(count, -1)).float().unflatten(1, (-1, TILE)).mean(2)
+        scores = query @ key.transpose(1, 2)  # their order is all that counts
+        usable = layout.non_empty(part) & ~layout.mandatory(part)
+        usable = usable.repeat_interleave(TILE, -1)[..., :keys] & (key_position != INVALID).unsqueeze(1)
+        if not scene.spans:
+            last = [by_tile(scene.arrangement.query_tags[:, q, 0], -1).amax(-1)[:, part] for q, _ in rows.pairs]
+            usable &= key_position.unsqueeze(1) <= rows.of_pairs(last).unsqueeze(-1)
+        best = scores.masked_fill_(~usable, float("-inf")).topk(found, -1)
+        listed.append(torch.nn.functional.pad(best.indices.int(), (0, most - found)))
+        counts.append((best.values > float("-inf")).sum(-1, dtype=torch.int32))
+    first = torch.arange(query_tiles, dtype=torch.int32, device=key.device) * most
+    return OwnKeys(torch.cat(listed, 1).flatten(1), first, torch.cat(counts, 1))

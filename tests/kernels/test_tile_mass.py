@@ -1,0 +1,433 @@
+"""The mass of sampled rows on tiles and keys, on the CPU and by the interpreted kernels, against float64."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mmcompile.kernels import attention_config, tile_mass, tile_mass_kernel
+from mmcompile.kernels.attention_config import Config, padded_head_dim
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.tags import INVALID, INVALID_SPAN
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+MINUS_INFINITY = float("-inf")
+# Scores are sums of products in float32, some units large.
+EXACT = {"atol": 2e-5, "rtol": 2e-5}
+
+
+@dataclass(frozen=True)
+class MassCase:
+    """Shapes and mask of one sample; `seed` draws the rest."""
+
+    batch: int = 1
+    query_length: int = 200
+    key_length: int = 200
+    query_offset: int = 0
+    rows: int = 2
+    samples: int = 40
+    heads: int = 2
+    copies: int = 1  # for each key order
+    query_orders: int = 1
+    key_orders: int = 1
+    width: int = 32
+    window: int | None = None
+    segments: bool = False
+    spans: bool = False
+    padding: str = "none"
+    permuted: bool = False
+    ascending: bool = False
+    cold: bool = False
+    skip_tiles: int = 0
+    seed: int = 0
+
+    def arguments(self, dtype: torch.dtype = torch.float32) -> dict:
+        """The arguments that both functions share. What nobody may read is NaN."""
+        torch.manual_seed(self.seed)
+        query = torch.randn(self.batch, self.query_length, self.heads, self.width).transpose(1, 2)
+        key = torch.randn(self.batch, self.copies * self.key_orders, self.key_length, self.width)
+        query_order, query_tags = self._in_orders(self._tags(self.query_length, self.query_offset), self.query_orders)
+        _, key_tags = self._in_orders(self._key_tags(), self.key_orders)
+        key_row = torch.randint(self.key_orders, (self.batch, self.rows), dtype=torch.int32)
+        slots = torch.randint(self.query_length, (self.batch, self.rows, self.samples), dtype=torch.int32)
+        arguments = {
+            "query": query.to(dtype),
+            "key": key.to(dtype),
+            "query_order": query_order,
+            "query_tags": query_tags,
+            "key_tags": key_tags,
+            "slots": slots.sort(2).values if self.ascending else slots,
+            "query_row": torch.randint(self.query_orders, (self.batch, self.rows), dtype=torch.int32),
+            "key_row": key_row,
+            "heads": tuple(torch.randint(self.heads, (self.rows,)).tolist()),
+            "key_head": tuple((torch.randint(self.copies, (self.rows,)) * self.key_orders).tolist()),
+            "scale": self.width**-0.5,
+            "window": self.window,
+            "segments": self.segments,
+            "spans": self.spans,
+        }
+        self._poison(arguments)
+        return arguments
+
+    def cold_keys(self) -> Tensor | None:
+        torch.manual_seed(self.seed + 1)
+        return torch.rand(self.batch, self.rows, self.key_length) < 0.6 if self.cold else None
+
+    def own_tiles(self) -> Tensor:
+        torch.manual_seed(self.seed + 2)
+        return torch.randint(-(-self.key_length // TILE), (self.batch, self.rows, self.samples), dtype=torch.int32)
+
+    def _tags(self, length: int, offset: int) -> Tensor:
+        """[B, 3, S] in token order: equal positions of queries and keys have equal segments and spans."""
+        position = torch.arange(length) + offset
+        third = max(1, self.key_length // 3)
+        span = torch.where(position // 40 % 2 == 1, position // 40, -1)
+        rows = [position, position // third * self.segments, span if self.spans else torch.full_like(span, -1)]
+        return torch.stack(rows).int().expand(self.batch, 3, -1).clone()
+
+    def _key_tags(self) -> Tensor:
+        tags = self._tags(self.key_length, 0)
+        position, cut = torch.arange(self.key_length), torch.randint(self.key_length, (self.batch, 1))
+        valid = {
+            "none": position >= torch.zeros(self.batch, 1),
+            "left": position >= cut,
+            "right": position <= cut,
+            "holes": torch.rand(self.batch, self.key_length) < 0.7,
+            "empty": position < torch.zeros(self.batch, 1),
+        }[self.padding]
+        tags[:, 0].masked_fill_(~valid, INVALID)
+        tags[:, 2].masked_fill_(~valid, INVALID_SPAN)
+        return tags
+
+    def _in_orders(self, tags: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Orders [B, O, S], and the tags [B, O, 3, S] in their slots."""
+        length = tags.shape[2]
+        order = torch.arange(length).expand(self.batch, count, length)
+        if self.permuted:
+            order = torch.rand(self.batch, count, length).argsort(-1)
+        rows = tags.unsqueeze(1).expand(-1, count, -1, -1)
+        return order.int().contiguous(), rows.gather(-1, order.unsqueeze(2).expand_as(rows)).contiguous()
+
+    def _poison(self, arguments: dict) -> None:
+        """Queries that are not sampled, copies that no row uses and keys that are not valid."""
+        query, key = (torch.full_like(arguments[name], float("nan")) for name in ("query", "key"))
+        for b, p in product(range(self.batch), range(self.rows)):
+            token, copy, order = sampled_of(arguments, b, p)
+            query[b, arguments["heads"][p], token] = arguments["query"][b, arguments["heads"][p], token]
+            valid = arguments["key_tags"][b, order, 0] != INVALID
+            key[b, copy, valid] = arguments["key"][b, copy, valid]
+        arguments |= {"query": query, "key": key}
+
+
+def sampled_of(arguments: dict, b: int, p: int) -> tuple[Tensor, int, int]:
+    """Query tokens, key copy and key order of one row."""
+    order = int(arguments["key_row"][b, p])
+    token = arguments["query_order"][b, arguments["query_row"][b, p], arguments["slots"][b, p].long()].long()
+    return token, arguments["key_head"][p] + order, order
+
+
+def exact_scores(arguments: dict) -> Tensor:
+    """Scores in float64, -inf where the element mask forbids, [B, P, R, Sk]."""
+    batch, rows = arguments["key_row"].shape
+    result = []
+    for b, p in product(range(batch), range(rows)):
+        token, copy, order = sampled_of(arguments, b, p)
+        query_tags = arguments["query_tags"][b, arguments["query_row"][b, p]][:, arguments["slots"][b, p].long()]
+        q_position, q_segment, q_span = query_tags.long().unsqueeze(2)
+        k_position, k_segment, k_span = arguments["key_tags"][b, order].long().unsqueeze(1)
+        allowed = k_position <= q_position
+        if arguments["spans"]:
+            allowed |= (k_span == q_span) & (q_span >= 0)
+        allowed &= k_position != INVALID
+        if arguments["segments"]:
+            allowed &= q_segment == k_segment
+        if arguments["window"] is not None:
+            allowed &= k_position > q_position - arguments["window"]
+        queries = arguments["query"][b, arguments["heads"][p], token].double()
+        scores = queries @ arguments["key"][b, copy].double().T * arguments["scale"]
+        result.append(scores.masked_fill(~allowed, MINUS_INFINITY))
+    return torch.stack(result).unflatten(0, (batch, rows))
+
+
+def exact_tile_log_mass(arguments: dict, cold: Tensor | None) -> Tensor:
+    scores = exact_scores(arguments)
+    if cold is not None:
+        scores = scores.masked_fill(~cold.unsqueeze(2), MINUS_INFINITY)
+    return torch.stack([tile.logsumexp(3) for tile in scores.split(TILE, 3)], 3)
+
+
+def exact_column_mass(arguments: dict, own_tile: Tensor, skip_tiles: int) -> Tensor:
+    scores = exact_scores(arguments)
+    tile = torch.arange(scores.shape[3]) // TILE
+    skipped = torch.zeros_like(scores, dtype=torch.bool)
+    for back in range(skip_tiles):
+        skipped |= tile == own_tile.unsqueeze(3) - back
+    counted = (scores > MINUS_INFINITY) & ~skipped
+    weights = scores.softmax(3).masked_fill(~counted, 0.0)
+    return weights.sum(2) / counted.sum(2).clamp(min=1)
+
+
+def check(case: MassCase, dtype: torch.dtype = torch.float32, config: Config | None = None) -> None:
+    """Both functions; by the kernels where a launch shape is given."""
+    arguments, cold, own_tile = case.arguments(dtype), case.cold_keys(), case.own_tiles()
+    log_mass = exact_tile_log_mass(arguments, None)
+    log_total = log_mass.logsumexp(3).float()
+    if config is None:
+        masses = [tile_mass.tile_log_mass(**arguments, cold=some) for some in (None, cold)]
+        columns = tile_mass.column_mass(**arguments, log_total=log_total, own_tile=own_tile, skip_tiles=case.skip_tiles)
+    else:
+        sampled = tile_mass.SampledRows.gather(**arguments)
+        masses = [tile_mass_kernel.tile_log_mass(sampled, some, config) for some in (None, cold)]
+        columns = tile_mass_kernel.column_mass(sampled, log_total, own_tile, case.skip_tiles, config)
+    for mass, expected in zip(masses, (log_mass, exact_tile_log_mass(arguments, cold)), strict=True):
+        assert mass.dtype == torch.float32
+        torch.testing.assert_close(mass, expected.float(), **EXACT)
+    assert columns.dtype == torch.float32
+    torch.testing.assert_close(columns, exact_column_mass(arguments, own_tile, case.skip_tiles).float(), **EXACT)
+
+
+lengths = st.one_of(st.integers(1, 400), st.sampled_from([1, 127, 128, 129, 256, 384]))
+
+
+@st.composite
+def mass_cases(draw: st.DrawFn, max_length: int = 400) -> MassCase:
+    query_length = min(draw(lengths), max_length)
+    key_length = query_length + draw(st.sampled_from([0, 0, 1, 100]))
+    return MassCase(
+        batch=draw(st.integers(1, 2)),
+        query_length=query_length,
+        key_length=key_length,
+        query_offset=draw(st.sampled_from([key_length - query_length, 0, -3])),
+        rows=draw(st.integers(1, 3)),
+        samples=draw(st.one_of(st.integers(1, 70), st.sampled_from([1, 64, 128, 200]))),
+        heads=draw(st.integers(1, 3)),
+        copies=draw(st.integers(1, 2)),
+        query_orders=draw(st.integers(1, 2)),
+        key_orders=draw(st.integers(1, 2)),
+        width=draw(st.sampled_from([16, 32, 80, 128])),
+        window=draw(st.sampled_from([None, None, 1, 100, 2**40])),
+        segments=draw(st.booleans()),
+        spans=draw(st.booleans()),
+        padding=draw(st.sampled_from(["none", "none", "left", "right", "holes", "empty"])),
+        permuted=draw(st.booleans()),
+        ascending=draw(st.booleans()),
+        cold=draw(st.booleans()),
+        skip_tiles=draw(st.integers(0, 3)),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+# One case for each part of an element mask, with tails in queries and keys.
+_BASE = MassCase(batch=2, query_length=150, key_length=330, query_offset=180, rows=3, copies=2, ascending=True)
+MASKS = {
+    "causal": _BASE,
+    "permuted": replace(_BASE, permuted=True, query_orders=2, key_orders=3),
+    "window": replace(_BASE, window=90),
+    "segments": replace(_BASE, segments=True, permuted=True),
+    "spans": replace(_BASE, spans=True, query_offset=-3),
+    "left padding": replace(_BASE, padding="left"),
+    "holes": replace(_BASE, padding="holes", permuted=True),
+    "no key": replace(_BASE, padding="empty"),
+    "cold": replace(_BASE, cold=True, skip_tiles=1),
+    "everything": replace(_BASE, window=150, segments=True, spans=True, padding="right", cold=True, skip_tiles=2),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_part_of_the_mask(mask):
+    check(MASKS[mask])
+
+
+@given(mass_cases())
+def test_any_sample(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=20)
+@given(case=mass_cases())
+def test_any_sample_in_half_precision(dtype, case):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_on_the_cpu(mask, monkeypatch):
+    monkeypatch.setattr(tile_mass, "BLOCK_ROWS", 17)
+    monkeypatch.setattr(tile_mass, "BLOCK_TILES", 1)
+    check(MASKS[mask])
+
+
+def test_rows_without_a_key():
+    """The three first queries lie before every key."""
+    case = MassCase(query_offset=-3, samples=200, ascending=True, rows=1)
+    arguments = case.arguments()
+    arguments["slots"] = torch.arange(200, dtype=torch.int32).view(1, 1, -1)
+    arguments["query"] = torch.randn(1, 2, 200, 32)
+    log_mass = tile_mass.tile_log_mass(**arguments)
+    assert (log_mass[:, :, :3] == MINUS_INFINITY).all()
+    assert (log_mass[:, :, 3:, 0] > MINUS_INFINITY).all()
+    own_tile = torch.zeros(1, 1, 200, dtype=torch.int32)
+    total = log_mass.logsumexp(3)
+    columns = tile_mass.column_mass(**arguments, log_total=total, own_tile=own_tile, skip_tiles=0)
+    assert columns.isfinite().all()
+    # Without spans, segments and windows the weights of 197 rows add up to as many.
+    seen = 197 - torch.arange(200).clamp(max=197)
+    torch.testing.assert_close((columns * seen).sum(), torch.tensor(197.0))
+
+
+def test_a_row_without_a_total_counts_for_nothing():
+    arguments = MassCase(samples=2).arguments()
+    total = tile_mass.tile_log_mass(**arguments).logsumexp(3)
+    own_tile = torch.zeros(1, 2, 2, dtype=torch.int32)
+    arguments["slots"][:, :, 1] = 199
+    arguments["query"] = arguments["query"].nan_to_num(nan=1.0)
+    total[:, :, 1] = MINUS_INFINITY
+    both = tile_mass.column_mass(**arguments, log_total=total, own_tile=own_tile, skip_tiles=0)
+    arguments["slots"] = arguments["slots"][:, :, :1]
+    one = tile_mass.column_mass(**arguments, log_total=total[:, :, :1], own_tile=own_tile[:, :, :1], skip_tiles=0)
+    torch.testing.assert_close(both, one)
+
+
+def test_large_scores_do_not_overflow():
+    arguments = MassCase(width=64).arguments()
+    arguments["scale"] = 1000.0
+    log_mass = tile_mass.tile_log_mass(**arguments)
+    torch.testing.assert_close(log_mass, exact_tile_log_mass(arguments, None).float())
+
+
+@pytest.mark.parametrize("empty", ["rows", "samples"])
+def test_nothing_sampled(empty):
+    case = replace(_BASE, **{empty: 0})
+    arguments, own_tile = case.arguments(), case.own_tiles()
+    log_mass = tile_mass.tile_log_mass(**arguments)
+    assert log_mass.shape == (2, case.rows, case.samples, 3)
+    columns = tile_mass.column_mass(**arguments, log_total=log_mass.logsumexp(3), own_tile=own_tile, skip_tiles=1)
+    assert torch.equal(columns, torch.zeros(2, case.rows, 330))
+
+
+def launch_shape(width: int, dtype: torch.dtype, large: bool, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """What the kernels choose on a device with much shared memory, or little."""
+    monkeypatch.setattr(attention_config, "_large_shared_memory", lambda device: large)
+    return tile_mass_kernel.launch_config(torch.empty(1, 1, 1, width, dtype=dtype))
+
+
+CONFIGS = [Config(128, 128, 4, 1), Config(64, 64, 4, 1), Config(128, 32, 4, 1), Config(16, 32, 4, 1)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("programs", [1, 1024])
+@pytest.mark.parametrize("mask", MASKS)
+def test_kernels_on_every_part_of_the_mask(mask, programs, monkeypatch):
+    monkeypatch.setattr(tile_mass_kernel, "ENOUGH_PROGRAMS", programs)  # long runs of tiles, and short ones
+    check(MASKS[mask], config=CONFIGS[0])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("large", [True, False], ids=["hopper", "other"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [32, 80, 128, 256])
+def test_kernels_in_every_launch_shape(width, dtype, large, monkeypatch):
+    case = MassCase(query_length=100, key_length=150, query_offset=50, width=width)
+    check(case, dtype, launch_shape(width, dtype, large, monkeypatch))
+
+
+@pytest.mark.interpreter
+@settings(max_examples=10)
+@given(
+    mass_cases(max_length=200),
+    st.sampled_from([torch.float16, torch.float32]),
+    st.sampled_from(CONFIGS),
+)
+def test_kernels_on_any_sample(case, dtype, config):
+    check(case, dtype, config)
+
+
+@pytest.mark.interpreter
+def test_kernels_on_more_blocks_than_they_look_at_together(monkeypatch):
+    """More tiles than a run, and more blocks of samples than one look takes."""
+    monkeypatch.setattr(tile_mass_kernel, "ENOUGH_PROGRAMS", 1)
+    case = MassCase(query_length=2200, key_length=2200, samples=540, rows=1, heads=1, width=16, ascending=True)
+    check(case, config=Config(128, 32, 4, 1))
+
+
+@pytest.mark.interpreter
+def test_kernels_read_any_strides():
+    arguments = replace(_BASE, batch=2).arguments()
+    expected = tile_mass_kernel.tile_log_mass(tile_mass.SampledRows.gather(**arguments), None)
+    for name in ("query", "key"):
+        arguments[name] = arguments[name].transpose(1, 3).contiguous().transpose(1, 3)
+    strided = tile_mass_kernel.tile_log_mass(tile_mass.SampledRows.gather(**arguments), None)
+    assert torch.equal(strided, expected)
+
+
+INTEGERS = ("query_tags", "key_tags", "key_row", "key_head", "own_tile")
+FLOATS = ("output", "log_total")
+
+
+def compiled(kernel, width: int, dtype: str, config: Config, capability: int):
+    """The kernel as its launch specialises it for aligned, contiguous inputs and a causal mask."""
+    padded = padded_head_dim(width)
+    constants = {"D": width, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded, "TILE": TILE}
+    constants |= {"RUN": tile_mass_kernel.RUN, "COLD": True, "WINDOW": False, "SEGMENTS": False, "SPANS": False}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("query", "key", "cold", *INTEGERS, *FLOATS):
+            element = "i32" if name in INTEGERS else "fp32" if name in FLOATS else "u8" if name == "cold" else dtype
+            signature[name] = f"*{element}"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale_log2" else "i32"
+            if name.endswith("stride"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def stack_bytes(kernel, folder: Path) -> int:
+    """Bytes of local memory a thread, which is where spilled registers go."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes the compiler's place")
+@pytest.mark.parametrize("name", ["_tile_log_mass_kernel", "_column_mass_kernel"])
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability", "instruction"),
+    [
+        (64, "bf16", 90, "wgmma.mma_async"),
+        (80, "bf16", 90, "wgmma.mma_async"),
+        (128, "bf16", 90, "wgmma.mma_async"),
+        (256, "fp16", 90, "wgmma.mma_async"),
+        (128, "bf16", 80, "mma.sync"),
+        (256, "bf16", 80, "mma.sync"),
+        (128, "fp32", 80, "fma.rn"),
+    ],
+)
+def test_kernels_compile_without_spilling(name, width, dtype, capability, instruction, tmp_path, monkeypatch):
+    config = launch_shape(width, DTYPES[dtype], capability == 90, monkeypatch)
+    kernel = compiled(getattr(tile_mass_kernel, name), width, dtype, config, capability)
+    assert instruction in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= (227 if capability == 90 else 64) * 1024
+    assert stack_bytes(kernel, tmp_path) <= 64
