@@ -23,18 +23,21 @@ def causal_walk(length: int, density: float, heads: int, key_heads: int, device:
     full = torch.minimum(wanted.clamp(min=2) - 1, tile)
     chosen = priority.argsort(1, descending=True)
     listed = torch.where(tile < full[:, None], chosen, count).sort(1).values
-    tiles = torch.where(listed < count, listed, -1).int()
-    tiles[:, -1] = tile.int()
-    counts = torch.stack([full, torch.ones_like(full)], 1).int()
+    listed = torch.where(tile == full[:, None], tile[:, None], listed)  # the partial one follows the full ones
+    start = tile * count
+    none = torch.zeros_like(full)
+    counts = torch.stack([start, full, torch.ones_like(full), none, none], 1).int()
+    tiles = listed.clamp(max=count - 1).int().flatten()
     position = torch.arange(length, dtype=torch.int32, device=device)
     tags = torch.stack([position, torch.zeros_like(position), torch.full_like(position, -1)]).view(1, 1, 3, -1)
     group = heads // key_heads
     key_head = tuple(head // group for head in range(heads))
-    return TileWalk(
-        tags, tags.clone(), counts[None, None], tiles[None, None], (0,) * heads, key_head, None, False, False
-    )
+    row = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    columns = torch.empty(1, 1, 0, dtype=torch.int32, device=device)
+    lists = (row, row, counts[None, None], tiles[None, None], columns, columns.bool())
+    return TileWalk(tags, tags.clone(), *lists, (0,) * heads, key_head, None, False, False)
 
 
 def listed_tiles(walk: TileWalk) -> int:
     """Tiles that one head computes, as a count."""
-    return int(walk.counts.sum())
+    return int(walk.counts[..., 1:3].sum())

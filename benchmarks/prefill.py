@@ -22,6 +22,7 @@ from mmcompile import HeadPattern
 FRAME = (16, 16)  # tokens of a frame, after merging
 TEXT = 64  # tokens of text before and after the video
 OURS = "mminference"
+PATTERNS = {"a_shape": HeadPattern("a_shape", sink=128, local=4096), "auto": "auto"}
 
 
 def repeated_attention(module, query, key, value, attention_mask, scaling, **_unused):
@@ -90,7 +91,7 @@ def attention_kernel(call: Callable[[], object]) -> str:
     return max(found, key=lambda event: event.device_time_total).key[:60] if found else "none found"
 
 
-def contenders(model: torch.nn.Module, pattern: HeadPattern) -> dict[str, Callable[..., object]]:
+def contenders(model: torch.nn.Module, pattern: HeadPattern | str) -> dict[str, Callable[..., object]]:
     """Name to a compiled forward, each with compiled code of its own."""
 
     def ours(**arguments):
@@ -154,17 +155,23 @@ def main() -> None:
     parser.add_argument("--tokens", default="8192,32768,131072", help="lengths, separated by commas")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pattern", choices=PATTERNS, default="a_shape", help="of every head")
+    parser.add_argument("--contenders", default="cuDNN,flash", help="attention libraries to compare with")
     arguments = parser.parse_args()
-    pattern = HeadPattern("a_shape", sink=128, local=4096)
+    pattern = PATTERNS[arguments.pattern]
     model = decoder(arguments.layers)
     figure = Figure.begin(
         "Prefill of Qwen2.5-VL-7B's text decoder",
-        notes=f"{arguments.layers} layers, random weights, bf16, batch 1, KV cache kept, {pattern} for every head; "
+        notes=f"{arguments.layers} layers, random weights, bf16, batch 1, KV cache kept, {pattern} for every head "
+        "(random weights attend to everything alike, so that estimated patterns spend their whole cap); "
         f"median of {arguments.repeats} runs, spread is half their range",
     )
     lengths = [int(tokens) for tokens in arguments.tokens.split(",")]
     rows: list[dict] = []
+    wanted = (OURS, *(f"Inductor, {library}" for library in arguments.contenders.split(",")))
     for name, run in track(contenders(model, pattern).items(), "prefill"):
+        if name not in wanted:
+            continue
         torch.compiler.reset()
         model.config._attn_implementation = "sdpa" if name == OURS else "repeated"
         for tokens in lengths:

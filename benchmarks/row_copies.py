@@ -28,8 +28,8 @@ def calls(x: Tensor) -> dict[str, Callable[[], Tensor]]:
     }
     for name, order in orders.items():
         order = order.int().view(1, 1, -1)
-        found[f"permute, {name}"] = partial(OPS.permute, x, order, every_head, rows)
-        found[f"unpermute, {name}"] = partial(OPS.unpermute, x, order, rows)
+        found[f"permute, {name}"] = partial(OPS.permute, x, order, None, every_head, rows)
+        found[f"unpermute, {name}"] = partial(OPS.unpermute, x, order, None, rows)
     return found
 
 

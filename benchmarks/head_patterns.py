@@ -1,0 +1,242 @@
+"""Every head pattern on planted video-like heads: what it computes, how far off its output is, how long it takes.
+
+The heads are those of `planted_heads.video_like_mixture`, whose truth is known. The row "planted keys alone" is
+attention over exactly these keys: no pattern gets below its error without computing much of the rest. Errors are
+||output - dense|| / ||dense|| against float64 attention, over queries spread over the sequence and the last 64.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from figure import Figure
+from planted_heads import Boundaries, Planted, planted_mass, sample_rows, softmax_rows, video_like_mixture
+from rich.progress import track
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from mmcompile.kernels.attend import plan_attention
+from mmcompile.kernels.patterns import HeadPattern
+
+ROWS = 512  # sampled queries
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the table for each kind of head. density: cap, recall: wanted share of the mass; None for neither."""
+
+    name: str
+    pattern: HeadPattern
+    density: float | None = None
+    recall: float | None = None
+
+
+AUTO = HeadPattern("top_p", order="auto", columns=2048)  # what patterns="auto" means
+RUNS = (
+    Run("dense", HeadPattern("dense"), density=1.0),
+    Run("A-shape", HeadPattern("a_shape", sink=128, local=4096)),
+    Run("Tri-shape", HeadPattern("tri_shape", sink=128, local=4096, last=128)),
+    Run("SF-fixed", HeadPattern("sf_fixed")),
+    Run("SF-strided", HeadPattern("sf_strided")),
+    Run("Vertical-Slash", HeadPattern("vertical_slash", vertical=1000, slash=4096)),
+    Run("Grid", HeadPattern("grid", lines="vs")),
+    Run("block top-p pooled", HeadPattern("top_p", scores="pooled", mass=0.9), density=0.5),
+    Run("block top-p antidiagonal", HeadPattern("top_p", scores="antidiagonal", mass=0.9), density=0.5),
+    Run("block top-p sampled", HeadPattern("top_p"), density=0.05),
+    Run("block top-p sampled by site", HeadPattern("top_p", order="site"), density=0.05),
+    Run("columns", HeadPattern("columns", columns=1024)),
+    Run("auto, 1 %", AUTO, density=0.01, recall=1.0),
+    Run("auto, 2 %", AUTO, density=0.02, recall=1.0),
+    Run("auto, 5 %", AUTO, density=0.05, recall=1.0),
+    Run("auto, 10 %", AUTO, density=0.1, recall=1.0),
+)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Median and half the range of some calls, in ms."""
+
+    ms: float
+    spread: float
+
+
+def timed(call: Callable[[], Result], device: torch.device, repeats: int) -> tuple[Result, Timed]:
+    """The result of a call, and its time after one call to warm up: device events on a GPU, the clock on a CPU."""
+    result = call()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin) * 1e3)
+    return result, Timed(statistics.median(times), (max(times) - min(times)) / 2)
+
+
+def run_pattern(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Boundaries,
+    pattern: HeadPattern,
+    density: float | None,
+    recall: float | None,
+    repeats: int = 5,
+) -> tuple[Tensor, list[float], Timed, Timed]:
+    """One pattern for every head: output [1, H, S, D], density of each head, and the times of the plan and of the
+    rest. The plan's holds the arrangement and the permutation of the keys, the rest's that of queries and values."""
+    options = {"density": density, "recall": recall}
+    planned, plan_time = timed(
+        lambda: plan_attention(query, key, pattern, boundaries, **options), query.device, repeats
+    )
+    output, attention_time = timed(lambda: planned.attend(query, value), query.device, repeats)
+    return output, planned.of_heads(planned.density)[0].tolist(), plan_time, attention_time
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, repeats: int) -> Timed:
+    """Torch's causal attention, by cuDNN on a GPU."""
+    backends = [SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        return timed(
+            lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
+            query.device,
+            repeats,
+        )[1]
+
+
+def references(planted: Planted, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 [H, R, D]: dense attention in some queries, and attention over their planted keys alone."""
+    dense, alone = [], []
+    for head, weights in enumerate(softmax_rows(planted, rows)):
+        value = planted.value[0, head // planted.plant.group].double()
+        dense.append(weights @ value)
+        weights = weights * planted.truth.mask(head, rows)
+        alone.append(weights @ value / weights.sum(-1, keepdim=True))
+    return torch.stack(dense), torch.stack(alone)
+
+
+def table_row(
+    name: str,
+    planted: Planted,
+    density: list[float],
+    output: Tensor,
+    dense: Tensor,
+    times: dict[str, Timed] | None = None,
+) -> dict[str, Any]:
+    """One pattern. output, dense: [H, R, D]; density: of each head. Errors of all heads together and of each kind."""
+    kinds = [head.name for head in planted.plant.heads]
+    line: dict[str, Any] = {"pattern": name, "density": round(statistics.mean(density), 5)}
+    for kind in ["all", *dict.fromkeys(kinds)]:
+        chosen = [head for head, its in enumerate(kinds) if kind in ("all", its)]
+        missed = (output[chosen].double() - dense[chosen]).norm() / dense[chosen].norm()
+        line[f"error, {kind} heads"] = round(float(missed), 5)
+    for what, measured in (times or {}).items():
+        line |= {f"{what} ms": round(measured.ms, 3), f"{what} ms spread": round(measured.spread, 3)}
+    print(line, flush=True)
+    return line
+
+
+def plot(lines: list[dict[str, Any]], path: str, title: str) -> None:
+    """Density against error, one panel for each kind of head, one marker for each pattern."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [line for line in lines if "error, all heads" in line]
+    kinds = [column for column in lines[0] if column.startswith("error, ")]
+    names = list(dict.fromkeys(line["pattern"].split(",")[0] for line in lines))
+    markers = "osD^v<>Pp*hX8d"
+    figure, panels = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 4.4), sharex=True, sharey=True)
+    for panel, kind in zip(panels, kinds, strict=True):
+        for index, name in enumerate(names):
+            points = [line for line in lines if line["pattern"].split(",")[0] == name]
+            # Zero has no place on a logarithmic axis.
+            panel.plot(
+                [max(line["density"], 1e-4) for line in points],
+                [max(line[kind], 1e-4) for line in points],
+                linestyle="-" if len(points) > 1 and name == "auto" else "none",
+                marker=markers[index % len(markers)], color=f"C{index % 10}", label=name,
+            )  # fmt: skip
+        panel.set(
+            xscale="log", yscale="log", title=kind.removeprefix("error, "), xlabel="computed share of causal attention"
+        )
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("relative error of the output")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.suptitle(title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(names)), frameon=False)
+    figure.set_layout_engine("constrained")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="where the JSON goes")
+    parser.add_argument("--plot", help="where a plot goes, PNG or SVG; needs matplotlib")
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mass", type=float, default=0.95, help="of the planted keys")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--redraw", action="store_true", help="draw --plot from an --out made before, and run nothing")
+    arguments = parser.parse_args()
+    if arguments.redraw:
+        lines = json.loads(Path(arguments.out).read_text())["rows"]
+        plot(lines, arguments.plot, f"{arguments.tokens} tokens, planted video-like heads")
+        return
+    planted = video_like_mixture(
+        arguments.tokens, arguments.device, torch.bfloat16, arguments.seed, mass=arguments.mass
+    )
+    tensors = planted.query, planted.key, planted.value
+    rows = sample_rows(arguments.tokens, ROWS, arguments.device)
+    truth = planted_mass(planted, rows)
+    mass, keys, tiles = (float(x.nanmean()) for x in (truth.mass, truth.planted_keys, truth.needed_tiles))
+    figure = Figure.begin(
+        "Head patterns on planted heads",
+        notes=f"28 query heads, 4 KV heads, head dim 128, bf16, batch 1, {arguments.tokens} tokens, "
+        f"seed {arguments.seed}; 3/7 grid heads of 256 tokens per frame, 2/7 local, 2/7 columns. In the measured "
+        f"queries the planted keys are {keys:.2%} of the keys and hold {mass:.1%} of the mass; 95 % of the mass "
+        f"needs {tiles:.0%} of the 128-key tiles in raster order. Errors are over {len(rows)} queries, density is "
+        "of computed tiles. Attention is permute, kernel and unpermute; median of "
+        f"{arguments.repeats} runs, spread is half their range",
+        device=arguments.device,
+    )
+    dense, alone = references(planted, rows)
+    # In some queries nothing is planted, or everything is; both are dense.
+    alone = torch.where(alone.isnan(), dense, alone)
+    share = truth.planted_keys.nan_to_num(1.0).mean(1).tolist()
+    figure.rows.append(table_row("planted keys alone", planted, share, alone, dense))
+    times = dense_attention(*tensors, arguments.repeats)
+    library = "torch SDPA, cuDNN" if planted.query.is_cuda else "torch SDPA"
+    measured = {"attention ms": round(times.ms, 3), "attention ms spread": round(times.spread, 3)}
+    figure.rows.append({"pattern": library, "density": 1.0} | measured)
+    for run in track(RUNS, "patterns"):
+        output, density, planning, attention = run_pattern(
+            *tensors, planted.boundaries, run.pattern, run.density, run.recall, arguments.repeats
+        )
+        measured = {"plan": planning, "attention": attention}
+        figure.rows.append(table_row(run.name, planted, density, output[0, :, rows], dense, measured))
+    figure.save(arguments.out)
+    if arguments.plot:
+        plot(figure.rows, arguments.plot, f"{arguments.tokens} tokens, planted video-like heads")
+
+
+if __name__ == "__main__":
+    main()
