@@ -71,8 +71,8 @@ class HeadPattern:
         "grid": lines of keys and queries that are `stride` tokens apart (section 3.1). `lines` holds any of "v" (sites
             that every query sees), "s" (each query's own site), "h" (sites whose queries see everything).
         "top_p": for each query tile, the key tiles with the most attention, until `mass` of it is covered. `scores`
-            says how attention is estimated: "sampled" (two queries of each tile against each key), "pooled" (mean query
-            against mean key, as FlexPrefill), "antidiagonal" (sums along antidiagonals, as XAttention). Besides, up to
+            says how attention is estimated: "sampled" (some queries of each tile against each key), "pooled" (mean
+            query against mean key, as FlexPrefill), "antidiagonal" (sums along antidiagonals, as XAttention). Besides, up to
             `columns` single keys that stand out over all queries.
         "columns": for each query tile its own `columns` single keys, those with the most attention of the tile's mean
             query (as VecAttention).
@@ -130,6 +130,8 @@ class HeadPattern:
             raise ValueError(f"order='auto' does not go with kind {self.kind!r}; only with 'top_p'")
         if self.order == "auto" and self.scores != "sampled":
             raise ValueError(f"order='auto' does not go with scores={self.scores!r}; only with 'sampled'")
+        if self.kind == "columns" and self.pairs:
+            raise ValueError("pairs do not go with kind 'columns': a tile of a pair could hold one of its single keys")
         object.__setattr__(self, "pairs", tuple(_checked_pair(self, pair) for pair in self.pairs))
 
     @property

@@ -1,7 +1,7 @@
 """What a few sampled queries tell: the order a head wants, the single keys that stand out, the recall of a plan.
 
 Probes stand in query tiles spread evenly over the slots, and in the tile of the last query of each modality: the last
-queries alone mislead where they are text and the prompt is video. Two queries of a tile choose, and a third, which had
+queries alone mislead where they are text and the prompt is video. Some queries of a tile choose, and another, which had
 no say, measures.
 """
 
@@ -16,7 +16,7 @@ from mmcompile.kernels.scores import sample_slots
 from mmcompile.kernels.single_keys import Columns
 
 SPREAD = 24  # query tiles, besides those of the modalities' last queries
-MEASURING = TILE // 4  # row of a probed tile, which `scattered` moves on from tile to tile
+MEASURING = 3 * TILE // 4  # row of a probed tile, which `scattered` moves on from tile to tile
 NEAR_TILES = 2  # the own tile of a query and the one before, which no single key is picked from
 RASTER_LEAD = 0.02  # another order must hold so much more attention than the first
 HOT = 16.0  # times an even share of the attention
@@ -26,7 +26,7 @@ UNCAPPED = 0.1  # share of the tiles at which orders are compared where no cap i
 class Probes(NamedTuple):
     """Sampled queries of some plan rows."""
 
-    choosing: tuple[Tensor, Tensor]  # slots int64 [N, T], two of each probed tile
+    choosing: tuple[Tensor, ...]  # slots int64 [N, T], some of each probed tile
     measuring: Tensor  # slots int64 [N, T]
     weight: Tensor  # float [N, T], 0 for the tile of a modality that the prompt has not
 
@@ -86,32 +86,35 @@ class Sighting(NamedTuple):
 def look(rows: Rows, columns: int, density: float | None) -> Sighting:
     """Probe in one pair of orders: find up to `columns` single keys, and see how far probes agree on tiles.
 
-    In each probed tile the tiles that two queries attend to most are tried on a third: what they share is what a tile
-    list can hold. Keys that become columns need no tiles in any order. density: share of the causal tiles that may be
-    computed.
+    In each probed tile the tiles that some queries attend to most are tried on another: what they share is what a
+    tile list can hold. Keys that become columns need no tiles in any order. density: share of the causal tiles that may
+    be computed.
     """
     scene = rows.scene
     probes = Probes.of(rows)
     slot = torch.cat([*probes.choosing, probes.measuring], -1)
-    choosing = 2 * probes.weight.shape[1]
+    samples = len(probes.choosing)
+    choosing = samples * probes.weight.shape[1]
     mass, every = rows.tile_mass(slot)
     picked: Columns | None = None
     share: Tensor | None = None
     outside = torch.zeros_like(every)
     if columns:
-        weight = probes.weight.repeat(1, 2)
+        weight = probes.weight.repeat(1, samples)
         total = every[:, :choosing].masked_fill(weight == 0, float("-inf"))
-        picked = _hot_columns(rows, _agreed_weight(rows, slot[:, :choosing], total), columns, density)
+        picked = _hot_columns(
+            rows, _agreed_weight(rows, slot[:, :choosing], total, probes.weight.shape[1]), columns, density
+        )
         mass, total = rows.tile_mass(slot, picked.cold)
         outside = _outside(total, every)
         share = _mean(outside[:, :choosing], weight)
-    first, second, third = mass.chunk(3, 1)
+    chooses, tried = mass[:, :choosing].unflatten(1, (samples, -1)).sum(1), mass[:, choosing:]
     tiles = max(1, round((UNCAPPED if density is None else density) * scene.key_tiles / 2))
-    wanted = (first + second).topk(min(tiles, scene.key_tiles), -1).indices
-    of_third = outside[:, choosing:]
+    wanted = chooses.topk(min(tiles, scene.key_tiles), -1).indices
+    of_tried = outside[:, choosing:]
     weight = probes.weight * (every[:, choosing:] > float("-inf"))
-    held = _mean(third.gather(-1, wanted).sum(-1), weight * (1.0 - of_third))
-    return Sighting(Measured(probes.measuring, third, of_third, weight), picked, share, held)
+    held = _mean(tried.gather(-1, wanted).sum(-1), weight * (1.0 - of_tried))
+    return Sighting(Measured(probes.measuring, tried, of_tried, weight), picked, share, held)
 
 
 def choose_orders(
@@ -147,7 +150,7 @@ def choose_orders(
     return rows, Sighting(measured, picked, share, chosen([one.held for one in seen]))
 
 
-def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor) -> Tensor:
+def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor, tiles: int) -> Tensor:
     """Mean weight of each key in two halves of the probed tiles, whichever is less: float [N, Sk] in key slots.
 
     The queries of one tile may share what they look at (their own site), and a mean over few tiles would take that for
@@ -155,8 +158,7 @@ def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor) -> Tensor:
     float [N, 2 * T], the log of each query's sum, -inf for those that do not count.
     """
     scene = rows.scene
-    tiles = slot.shape[1] // 2
-    half = torch.arange(2 * tiles, device=slot.device) % tiles % 2
+    half = torch.arange(slot.shape[1], device=slot.device) % tiles % 2
     position = rows.of_pairs([scene.arrangement.query_tags[:, query, 0] for query, _ in rows.pairs]).gather(1, slot)
     key_position = rows.of_pairs([scene.arrangement.key_tags[:, key, 0] for _, key in rows.pairs])
     weights, sees = [], []
@@ -175,7 +177,10 @@ def _hot_columns(rows: Rows, weight: Tensor, most: int, density: float | None) -
     """
     keys = weight.shape[-1]
     best = weight.topk(min(most, keys), -1)
-    affordable = torch.arange(best.values.shape[-1], device=weight.device) < 0.5 * (density or UNCAPPED) * keys
+    # Of a query tile's causal tiles, half of all, two at least are mandatory: its own and the first.
+    share = UNCAPPED if density is None else density
+    share = max(0.0, min(share / 2, share - 4 / rows.scene.key_tiles))
+    affordable = torch.arange(best.values.shape[-1], device=weight.device) < share * keys
     return Columns.of(rows, best.indices, (best.values * keys > HOT) & affordable)
 
 

@@ -20,24 +20,26 @@ def tile_slots(rows: slice, length: int, device: torch.device) -> Tensor:
     return torch.arange(rows.start * TILE, rows.stop * TILE, device=device).clamp_(max=length - 1)
 
 
-def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, Tensor]:
-    """Two query slots that stand for each tile. tile: int64 [N, R], query tiles. Returns int64 [N, R] twice.
+def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, ...]:
+    """Query slots that stand for each tile. tile: int64 [N, R], query tiles. Returns int64 [N, R] for each sample.
 
-    One is the tile's first: in raster order a slanted line enters the tile's keys there; by site, its earlier keys may
-    stand in other tiles. The other is the last in raster order, where a slanted line leaves, and by site one in the
-    second half, another from tile to tile.
+    The first of the tile: in raster order a slanted line enters the tile's keys there; by site, its earlier keys may
+    stand in other tiles. The last in raster order, where a slanted line leaves, and by site another in the second half.
+    And one between, others from tile to tile.
     """
     by_site = of.of_pairs([torch.full_like(of.choice[:, 0], site) for site in of.by_site]).bool().unsqueeze(-1)
     last = of.scene.query_modality.shape[1] - 1
     second = torch.where(by_site, scattered(tile, TILE // 2), tile * TILE + TILE - 1)
-    return (tile * TILE).clamp(max=last), second.clamp(max=last)
+    third = scattered(tile, TILE // 4)
+    return (tile * TILE).clamp(max=last), second.clamp(max=last), third.clamp(max=last)
 
 
 def sampled_mass(of: Rows, layout: Layout, rows: slice, cold: Tensor | None) -> Tensor:
-    """Exact attention of two queries of each tile, averaged. cold: bool [N, Sk], the keys that count; None for all."""
+    """Exact attention of the samples of each tile, averaged. cold: bool [N, Sk], the keys that count; None for all."""
     tile = torch.arange(rows.start, rows.stop, device=layout.pair.device).expand(of.rows, -1)
-    first, second = of.tile_mass(torch.cat(sample_slots(of, tile), -1), cold)[0].chunk(2, 1)
-    return (first + second) / 2
+    samples = sample_slots(of, tile)
+    mass, _ = of.tile_mass(torch.cat(samples, -1), cold)
+    return mass.unflatten(1, (len(samples), -1)).mean(1)
 
 
 def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
