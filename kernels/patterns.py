@@ -72,8 +72,8 @@ class HeadPattern:
             that every query sees), "s" (each query's own site), "h" (sites whose queries see everything).
         "top_p": for each query tile, the key tiles with the most attention, until `mass` of it is covered. `scores`
             says how attention is estimated: "sampled" (some queries of each tile against each key), "pooled" (mean
-            query against mean key, as FlexPrefill), "antidiagonal" (sums along antidiagonals, as XAttention). Besides, up to
-            `columns` single keys that stand out over all queries.
+            query against mean key, as FlexPrefill), "antidiagonal" (sums along antidiagonals, as XAttention).
+            Besides, up to `columns` single keys that stand out over all queries.
         "columns": for each query tile its own `columns` single keys, those with the most attention of the tile's mean
             query (as VecAttention).
         All but "dense" keep the `sink` first keys and each query's nearest key.

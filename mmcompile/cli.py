@@ -95,7 +95,7 @@ def demo(
 @app.command()
 def explain(
     model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt; with --video, the most.")] = 16384,
+    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt; with --video, the most.")] = 32768,
     video: Annotated[Path | None, typer.Option(help="Put this video in the prompt (Qwen2-VL, Qwen2.5-VL).")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames to take of the video; all by default.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
