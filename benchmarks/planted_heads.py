@@ -237,22 +237,21 @@ def video_like_mixture(
     return plant_heads(plant, device, dtype)
 
 
-# What a head of each kind looks at, and whether text and video take turns or one video stands in some text. Text has no
-# site to look at.
+# What a head of each kind looks at, and whether text and video take turns or one video stands in some text.
 _KINDS: dict[str, tuple[Head, bool]] = {
-    "grid s": (Head("grid s", (Look("site", queries=VIDEO),)), False),
+    "grid s": (Head("grid s", (Look("site"),)), False),
     "grid v": (Head("grid v", (Look("lines"),)), False),
     "grid h": (Head("grid h", (Look("columns", 0.002),), even=0.01), False),
-    "grid v+s": (Head("grid v+s", (Look("lines", share=0.5), Look("site", queries=VIDEO, share=0.5))), False),
+    "grid v+s": (Head("grid v+s", (Look("lines", share=0.5), Look("site", share=0.5))), False),
     "grid h+v": (Head("grid h+v", (Look("lines"),), even=0.01), False),
     "grid h+v+s": (
-        Head("grid h+v+s", (Look("lines", share=0.5), Look("site", queries=VIDEO, share=0.5)), even=0.01),
+        Head("grid h+v+s", (Look("lines", share=0.5), Look("site", share=0.5)), even=0.01),
         False,
     ),
     "local": (Head("local", (Look("local"),)), False),
     "columns": (Head("columns", (Look("columns"),)), False),
     "grid and columns": (
-        Head("grid and columns", (Look("columns", share=0.5), Look("site", queries=VIDEO, share=0.5))),
+        Head("grid and columns", (Look("columns", share=0.5), Look("site", share=0.5))),
         False,
     ),
     "local and columns": (Head("local and columns", (Look("columns", share=0.5), Look("local", share=0.5))), False),

@@ -12,7 +12,7 @@ from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.orders import slots
 from mmcompile.kernels.patterns import MODALITIES, TILE
 from mmcompile.kernels.tile_bounds import tile_count
-from mmcompile.kernels.tile_mass import column_mass, tile_log_mass
+from mmcompile.kernels.tile_mass import SampledRows, column_mass, tile_log_mass
 
 Pair = tuple[int, int]  # a row of the query orders, a row of the key orders
 
@@ -124,13 +124,13 @@ class Rows(NamedTuple):
         return (self.own_slots().gather(-1, slot) // TILE).int()
 
     def tile_mass(self, slot: Tensor, cold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Softmax of sampled queries by key tile. slot: [N, R], query slots. cold: bool [N, Sk].
+        """Softmax of sampled queries by key tile. slot: int64 [N, R], query slots. cold: bool [N, Sk].
 
         Returns the share of each tile among the keys that are cold, float [N, R, nK], and the log of their total,
         [N, R].
         """
         by_head = None if cold is None else cold.unflatten(0, (self.scene.batch, -1))
-        log = tile_log_mass(**self._sampled(slot), cold=by_head).flatten(0, 1)
+        log = tile_log_mass(self._sampled(slot), by_head).flatten(0, 1)
         total = torch.logsumexp(log, -1)
         return (log - total.unsqueeze(-1)).exp_().nan_to_num_(0.0), total
 
@@ -139,7 +139,7 @@ class Rows(NamedTuple):
         `skip_tiles` latest tiles left out."""
         own = self.own_tiles(slot).unflatten(0, (self.scene.batch, -1))
         by_head = total.unflatten(0, (self.scene.batch, -1))
-        return column_mass(**self._sampled(slot), log_total=by_head, own_tile=own, skip_tiles=skip_tiles).flatten(0, 1)
+        return column_mass(self._sampled(slot), by_head, own, skip_tiles).flatten(0, 1)
 
     def of_copies(self, of_copy: Tensor) -> Tensor:
         """What is known of each key copy, [B, C, ...], for the rows: [N, ...]."""
@@ -177,24 +177,25 @@ class Rows(NamedTuple):
             result.masked_fill_(self.choice == index, row)
         return result
 
-    def _sampled(self, slot: Tensor) -> dict[str, Any]:
+    def _sampled(self, slot: Tensor) -> SampledRows:
         scene = self.scene
-        return {
-            "query": scene.query,
-            "key": scene.key,
-            "query_order": scene.arrangement.query_order,
-            "query_tags": scene.arrangement.query_tags,
-            "key_tags": scene.arrangement.key_tags,
-            "slots": slot.int().unflatten(0, (scene.batch, -1)),
-            "query_row": self.query_row,
-            "key_row": self.key_row,
-            "heads": self.heads,
-            "key_head": self.first_copies,
-            "scale": scene.scale,
-            "window": scene.window,
-            "segments": scene.segments,
-            "spans": scene.spans,
-        }
+        assert scene.query is not None and scene.key is not None
+        return SampledRows.gather(
+            scene.query,
+            scene.key,
+            scene.arrangement.query_order,
+            scene.arrangement.query_tags,
+            scene.arrangement.key_tags,
+            slot.int().unflatten(0, (scene.batch, -1)),
+            self.query_row,
+            self.key_row,
+            self.heads,
+            self.first_copies,
+            scene.scale,
+            scene.window,
+            scene.segments,
+            scene.spans,
+        )
 
 
 def scattered(tile: Tensor, offset: int) -> Tensor:

@@ -23,116 +23,6 @@ BLOCK_TILES = 16
 MINUS_INFINITY = float("-inf")
 
 
-def tile_log_mass(
-    query: Tensor,
-    key: Tensor,
-    query_order: Tensor,
-    query_tags: Tensor,
-    key_tags: Tensor,
-    slots: Tensor,
-    query_row: Tensor,
-    key_row: Tensor,
-    heads: tuple[int, ...],
-    key_head: tuple[int, ...],
-    scale: float,
-    window: int | None,
-    segments: bool,
-    spans: bool,
-    cold: Tensor | None = None,
-) -> Tensor:
-    """Natural logarithm of the sum of exp(score) of each sampled query row over each tile of keys.
-
-    query: [B, H, Sq, D] in token order. key: [B, C, Sk, D], copies in slot order, as `block_sparse_attention` reads
-        them. Both bfloat16, float16 or float32, any strides.
-    query_order: int32 [B, Oq, Sq], slot -> token. query_tags: int32 [B, Oq, 3, Sq], key_tags: int32 [B, Ok, 3, Sk],
-        in slot order.
-    slots: int32 [B, P, R], the query slots that each of the P rows samples, in query order `query_row[b, p]`.
-        They may repeat.
-    query_row, key_row: int32 [B, P], the orders of each row.
-    heads, key_head: P numbers each: the query head of each row, and its first key copy; the row reads copy
-        `key_head[p] + key_row[b, p]`.
-    scale: of query * key. window (keys), segments, spans: the parts of the element mask, `kernels/tags.py`.
-    cold: bool [B, P, Sk] in the slots of the row's keys; keys that are False count for nothing.
-
-    Returns float32 [B, P, R, nK], -inf where the row may see no key of the tile.
-    """
-    sampled = SampledRows.gather(
-        query,
-        key,
-        query_order,
-        query_tags,
-        key_tags,
-        slots,
-        query_row,
-        key_row,
-        heads,
-        key_head,
-        scale,
-        window,
-        segments,
-        spans,
-    )
-    if query.device.type == "cuda":
-        # Triton is imported for a GPU only.
-        from mmcompile.kernels import tile_mass_kernel
-
-        return tile_mass_kernel.tile_log_mass(sampled, cold)
-    return tile_log_mass_cpu(sampled, cold)
-
-
-def column_mass(
-    query: Tensor,
-    key: Tensor,
-    query_order: Tensor,
-    query_tags: Tensor,
-    key_tags: Tensor,
-    slots: Tensor,
-    query_row: Tensor,
-    key_row: Tensor,
-    heads: tuple[int, ...],
-    key_head: tuple[int, ...],
-    scale: float,
-    window: int | None,
-    segments: bool,
-    spans: bool,
-    log_total: Tensor,
-    own_tile: Tensor,
-    skip_tiles: int,
-) -> Tensor:
-    """Mean softmax weight of each key over the sampled query rows that may see it, those close to it left out.
-
-    The first arguments are those of `tile_log_mass`.
-    log_total: float32 [B, P, R], the logarithm of each row's softmax denominator: logsumexp of its
-        `tile_log_mass` without `cold`. A row where it is -inf counts for nothing.
-    own_tile: int32 [B, P, R], the tile of the row's own key.
-    skip_tiles: a row counts for nothing, neither in the sum nor in the number of rows, at the keys of tiles
-        `own_tile - skip_tiles + 1` to `own_tile`. 0 leaves nothing out.
-
-    Returns float32 [B, P, Sk] in the slots of the row's keys, 0 where no row counts.
-    """
-    sampled = SampledRows.gather(
-        query,
-        key,
-        query_order,
-        query_tags,
-        key_tags,
-        slots,
-        query_row,
-        key_row,
-        heads,
-        key_head,
-        scale,
-        window,
-        segments,
-        spans,
-    )
-    if query.device.type == "cuda":
-        from mmcompile.kernels import tile_mass_kernel
-
-        return tile_mass_kernel.column_mass(sampled, log_total, own_tile, skip_tiles)
-    return column_mass_cpu(sampled, log_total, own_tile, skip_tiles)
-
-
 class SampledRows(NamedTuple):
     """The sampled query rows with their tags, gathered, and the keys that they are multiplied with."""
 
@@ -165,7 +55,18 @@ class SampledRows(NamedTuple):
         segments: bool,
         spans: bool,
     ) -> "SampledRows":
-        """Arguments as in `tile_log_mass`."""
+        """
+        query: [B, H, Sq, D] in token order. key: [B, C, Sk, D], copies in slot order, as `block_sparse_attention`
+            reads them. Both bfloat16, float16 or float32, any strides.
+        query_order: int32 [B, Oq, Sq], slot -> token. query_tags: int32 [B, Oq, 3, Sq], key_tags: int32
+            [B, Ok, 3, Sk], in slot order.
+        slots: int32 [B, P, R], the query slots that each of the P rows samples, in query order `query_row[b, p]`.
+            They may repeat.
+        query_row, key_row: int32 [B, P], the orders of each row.
+        heads, key_head: P numbers each: the query head of each row, and its first key copy; the row reads copy
+            `key_head[p] + key_row[b, p]`.
+        scale: of query * key. window (keys), segments, spans: the parts of the element mask, `kernels/tags.py`.
+        """
         # The sample is small beside the keys: copied once, it is read in blocks with no more indirection.
         batch = torch.arange(query.shape[0], device=query.device).view(-1, 1, 1)
         order, slot = query_row.long().unsqueeze(2), slots.long()  # [B, P, 1], [B, P, R]
@@ -199,6 +100,38 @@ class SampledRows(NamedTuple):
         if self.segments:
             allowed &= k_segment == q_segment
         return allowed
+
+
+def tile_log_mass(sampled: SampledRows, cold: Tensor | None = None) -> Tensor:
+    """Natural logarithm of the sum of exp(score) of each sampled query row over each tile of keys.
+
+    cold: bool [B, P, Sk] in the slots of the row's keys; keys that are False count for nothing.
+    Returns float32 [B, P, R, nK], -inf where the row may see no key of the tile.
+    """
+    if sampled.query.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import tile_mass_kernel
+
+        return tile_mass_kernel.tile_log_mass(sampled, cold)
+    return tile_log_mass_cpu(sampled, cold)
+
+
+def column_mass(sampled: SampledRows, log_total: Tensor, own_tile: Tensor, skip_tiles: int) -> Tensor:
+    """Mean softmax weight of each key over the sampled query rows that may see it, those close to it left out.
+
+    log_total: float32 [B, P, R], the logarithm of each row's softmax denominator: logsumexp of its
+        `tile_log_mass` without `cold`. A row where it is -inf counts for nothing.
+    own_tile: int32 [B, P, R], the tile of the row's own key.
+    skip_tiles: a row counts for nothing, neither in the sum nor in the number of rows, at the keys of tiles
+        `own_tile - skip_tiles + 1` to `own_tile`. 0 leaves nothing out.
+
+    Returns float32 [B, P, Sk] in the slots of the row's keys, 0 where no row counts.
+    """
+    if sampled.query.device.type == "cuda":
+        from mmcompile.kernels import tile_mass_kernel
+
+        return tile_mass_kernel.column_mass(sampled, log_total, own_tile, skip_tiles)
+    return column_mass_cpu(sampled, log_total, own_tile, skip_tiles)
 
 
 def tile_log_mass_cpu(sampled: SampledRows, cold: Tensor | None) -> Tensor:

@@ -3,13 +3,17 @@
 Float32 and float16 only: the interpreter multiplies bfloat16 wrongly.
 """
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcompile.kernels import block_sparse, permute, permute_cpu
+from mmcompile.kernels import block_sparse, ops, permute, permute_cpu, tile_mass, tile_mass_kernel
 from mmcompile.kernels.attention_config import LARGE, SMALL, Config, padded_head_dim
+from tests.kernels.pattern_cases import PatternCase, check_case, combinations
 from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, unread, walk_cases
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
@@ -108,3 +112,39 @@ def test_keys_that_are_not_listed_are_not_read(columns, descriptors):
         keys[:, :, unread(walk)] = float("nan")
     output = block_sparse.launch(query, key, value, walk, 0.2, config, descriptors)
     assert torch.equal(output, expected)
+
+
+@pytest.fixture
+def every_op_by_triton(monkeypatch):
+    """The ops run their kernels for tensors of the CPU too, those that planners sample with among them."""
+
+    def attention(query, key, value, walk, scale):
+        return block_sparse.launch(query, key, value, walk, scale, SMALL[4, padded_head_dim(query.shape[3])], False)
+
+    monkeypatch.setattr(ops, "_row_copies", lambda device: permute)
+    monkeypatch.setattr(ops, "_executor", lambda device: SimpleNamespace(block_sparse_attention=attention))
+    monkeypatch.setattr(tile_mass, "tile_log_mass_cpu", tile_mass_kernel.tile_log_mass)
+    monkeypatch.setattr(tile_mass, "column_mass_cpu", tile_mass_kernel.column_mass)
+
+
+@pytest.mark.parametrize("seed", range(0, len(combinations()), 4))
+def test_every_pattern_boundary_and_order(seed, every_op_by_triton):
+    """The cases of test_head_patterns.py, from the estimate to the output; short ones, the interpreter is slow."""
+    case = PatternCase.of(seed)
+    tokens = min(case.query_length, 140)
+    segments, left = [], case.batch * tokens
+    for size, modality, grid in case.segments:
+        if left:
+            fits = size <= left
+            segments.append((min(size, left), modality, grid if fits else (0, 0, 0)))
+            left -= segments[-1][0]
+    prefix = min(case.key_length - case.query_length, 130)
+    check_case(
+        replace(
+            case,
+            query_length=tokens,
+            key_length=tokens + prefix,
+            query_offset=min(case.query_offset, prefix),
+            segments=tuple(segments),
+        )
+    )

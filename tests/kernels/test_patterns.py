@@ -68,7 +68,7 @@ def single_patterns(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, **given: st
 def head_patterns(draw: st.DrawFn) -> HeadPattern:
     """Any pattern, with pairs where they go."""
     head = draw(single_patterns())
-    if head.boundary not in ("q", "2d"):
+    if head.boundary not in ("q", "2d") or head.kind == "columns":
         return head
     pairs = []
     keys = st.just(-1) if head.boundary == "q" else st.integers(0, MODALITIES - 1)

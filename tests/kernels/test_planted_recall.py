@@ -10,7 +10,6 @@ MMCOMPILE_PLANTS=200 draws as many plants of each kind instead of 10, MMCOMPILE_
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -95,12 +94,15 @@ def find(kind: str, seed: int) -> Found:
     planned = plan_attention(planted.query, planted.key, AUTO, planted.boundaries, density=cap, recall=1.0)
     # At random, because evenly spread queries may all be of one site.
     rows = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
+    if any(look.kind == "site" for look in planted.plant.heads[0].looks):
+        # The plant counts sites on through the text; a prompt's text has none, and no order brings its queries together.
+        rows = rows[planted.truth.modality[rows] > 0]
     held = next(softmax_rows(planted, rows)) * planted.truth.mask(0, rows)
     computed = held * computed_keys(planned, 0, rows)
+    assert planned.density[0, 0] <= cap
     return Found(seed, float(planned.density[0, 0]), cap, float(computed.sum() / held.sum()))
 
 
-@lru_cache
 def plants(kind: str) -> list[Found]:
     return [find(kind, seed) for seed in range(PLANTS)]
 
@@ -123,15 +125,9 @@ def kinds(missed: dict[str, str]) -> list[Any]:
 
 
 _EVEN = "a few queries look at all keys alike, and no sampled query need be one of them"
-_LITTLE = "0.98 to 0.99 in one or two of the plants: lines that begin within a tile are seen by few of its samples"
+_LITTLE = "0.98 to 0.99 in two plants: keys that text alone looks at stand out in few of the sampled queries"
 
 
-@pytest.mark.parametrize("kind", kinds({"grid h": _EVEN, "q": _LITTLE, "grid and columns": _LITTLE}))
+@pytest.mark.parametrize("kind", kinds({"grid h": _EVEN, "q": _LITTLE}))
 def test_recall_of_the_planted_mass(kind):
     share_found(kind, [found.recall for found in plants(kind)])
-
-
-@pytest.mark.parametrize("kind", PLANT_KINDS)
-def test_the_cap_holds(kind):
-    for found in plants(kind):
-        assert found.density <= found.cap, found

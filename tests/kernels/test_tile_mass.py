@@ -21,6 +21,7 @@ from mmcompile.kernels import attention_config, tile_mass, tile_mass_kernel
 from mmcompile.kernels.attention_config import Config, padded_head_dim
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tags import INVALID, INVALID_SPAN
+from mmcompile.kernels.tile_mass import SampledRows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 MINUS_INFINITY = float("-inf")
@@ -185,10 +186,12 @@ def check(case: MassCase, dtype: torch.dtype = torch.float32, config: Config | N
     log_mass = exact_tile_log_mass(arguments, None)
     log_total = log_mass.logsumexp(3).float()
     if config is None:
-        masses = [tile_mass.tile_log_mass(**arguments, cold=some) for some in (None, cold)]
-        columns = tile_mass.column_mass(**arguments, log_total=log_total, own_tile=own_tile, skip_tiles=case.skip_tiles)
+        masses = [tile_mass.tile_log_mass(SampledRows.gather(**arguments), some) for some in (None, cold)]
+        columns = tile_mass.column_mass(
+            SampledRows.gather(**arguments), log_total=log_total, own_tile=own_tile, skip_tiles=case.skip_tiles
+        )
     else:
-        sampled = tile_mass.SampledRows.gather(**arguments)
+        sampled = SampledRows.gather(**arguments)
         masses = [tile_mass_kernel.tile_log_mass(sampled, some, config) for some in (None, cold)]
         columns = tile_mass_kernel.column_mass(sampled, log_total, own_tile, case.skip_tiles, config)
     for mass, expected in zip(masses, (log_mass, exact_tile_log_mass(arguments, cold)), strict=True):
@@ -275,12 +278,12 @@ def test_rows_without_a_key():
     arguments = case.arguments()
     arguments["slots"] = torch.arange(200, dtype=torch.int32).view(1, 1, -1)
     arguments["query"] = torch.randn(1, 2, 200, 32)
-    log_mass = tile_mass.tile_log_mass(**arguments)
+    log_mass = tile_mass.tile_log_mass(SampledRows.gather(**arguments))
     assert (log_mass[:, :, :3] == MINUS_INFINITY).all()
     assert (log_mass[:, :, 3:, 0] > MINUS_INFINITY).all()
     own_tile = torch.zeros(1, 1, 200, dtype=torch.int32)
     total = log_mass.logsumexp(3)
-    columns = tile_mass.column_mass(**arguments, log_total=total, own_tile=own_tile, skip_tiles=0)
+    columns = tile_mass.column_mass(SampledRows.gather(**arguments), log_total=total, own_tile=own_tile, skip_tiles=0)
     assert columns.isfinite().all()
     # Without spans, segments and windows the weights of 197 rows add up to as many.
     seen = 197 - torch.arange(200).clamp(max=197)
@@ -289,21 +292,23 @@ def test_rows_without_a_key():
 
 def test_a_row_without_a_total_counts_for_nothing():
     arguments = MassCase(samples=2).arguments()
-    total = tile_mass.tile_log_mass(**arguments).logsumexp(3)
+    total = tile_mass.tile_log_mass(SampledRows.gather(**arguments)).logsumexp(3)
     own_tile = torch.zeros(1, 2, 2, dtype=torch.int32)
     arguments["slots"][:, :, 1] = 199
     arguments["query"] = arguments["query"].nan_to_num(nan=1.0)
     total[:, :, 1] = MINUS_INFINITY
-    both = tile_mass.column_mass(**arguments, log_total=total, own_tile=own_tile, skip_tiles=0)
+    both = tile_mass.column_mass(SampledRows.gather(**arguments), log_total=total, own_tile=own_tile, skip_tiles=0)
     arguments["slots"] = arguments["slots"][:, :, :1]
-    one = tile_mass.column_mass(**arguments, log_total=total[:, :, :1], own_tile=own_tile[:, :, :1], skip_tiles=0)
+    one = tile_mass.column_mass(
+        SampledRows.gather(**arguments), log_total=total[:, :, :1], own_tile=own_tile[:, :, :1], skip_tiles=0
+    )
     torch.testing.assert_close(both, one)
 
 
 def test_large_scores_do_not_overflow():
     arguments = MassCase(width=64).arguments()
     arguments["scale"] = 1000.0
-    log_mass = tile_mass.tile_log_mass(**arguments)
+    log_mass = tile_mass.tile_log_mass(SampledRows.gather(**arguments))
     torch.testing.assert_close(log_mass, exact_tile_log_mass(arguments, None).float())
 
 
@@ -311,9 +316,11 @@ def test_large_scores_do_not_overflow():
 def test_nothing_sampled(empty):
     case = replace(_BASE, **{empty: 0})
     arguments, own_tile = case.arguments(), case.own_tiles()
-    log_mass = tile_mass.tile_log_mass(**arguments)
+    log_mass = tile_mass.tile_log_mass(SampledRows.gather(**arguments))
     assert log_mass.shape == (2, case.rows, case.samples, 3)
-    columns = tile_mass.column_mass(**arguments, log_total=log_mass.logsumexp(3), own_tile=own_tile, skip_tiles=1)
+    columns = tile_mass.column_mass(
+        SampledRows.gather(**arguments), log_total=log_mass.logsumexp(3), own_tile=own_tile, skip_tiles=1
+    )
     assert torch.equal(columns, torch.zeros(2, case.rows, 330))
 
 
@@ -365,10 +372,10 @@ def test_kernels_on_more_blocks_than_they_look_at_together(monkeypatch):
 @pytest.mark.interpreter
 def test_kernels_read_any_strides():
     arguments = replace(_BASE, batch=2).arguments()
-    expected = tile_mass_kernel.tile_log_mass(tile_mass.SampledRows.gather(**arguments), None)
+    expected = tile_mass_kernel.tile_log_mass(SampledRows.gather(**arguments), None)
     for name in ("query", "key"):
         arguments[name] = arguments[name].transpose(1, 3).contiguous().transpose(1, 3)
-    strided = tile_mass_kernel.tile_log_mass(tile_mass.SampledRows.gather(**arguments), None)
+    strided = tile_mass_kernel.tile_log_mass(SampledRows.gather(**arguments), None)
     assert torch.equal(strided, expected)
 
 
