@@ -20,6 +20,7 @@ class Everything:
     """Every tile alike."""
 
     count = 1
+    table = None
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -28,9 +29,6 @@ class Everything:
         count, _, key_tiles = self.layout.shape
         shape = (count, rows.stop - rows.start, key_tiles)
         return torch.zeros(shape, dtype=torch.int32, device=self.layout.pair.device)
-
-    def mass(self, rows: slice) -> None:
-        return None
 
 
 class Nothing(Everything):
@@ -47,6 +45,8 @@ class Rings:
     None for no such tiles.
     """
 
+    table = None
+
     def __init__(self, layout: Layout, may: Intervals | None, reach: int | None) -> None:
         self.layout, self.may, self.reach = layout, may, reach
         self.count = layout.shape[2] + 1
@@ -61,9 +61,6 @@ class Rings:
             ring = torch.where(chosen, ring, self.count)
         return self.layout.of_row(ring)
 
-    def mass(self, rows: slice) -> None:
-        return None
-
 
 def rings(bounds: TileBounds, rows: slice) -> Tensor:
     """Distance of each tile from its query tile, in tiles rounded up, int32 [O, rows, nK], at most nK."""
@@ -73,26 +70,41 @@ def rings(bounds: TileBounds, rows: slice) -> Tensor:
 class MassLevels:
     """Tiles by their share of the query tile's attention, in steps of a sixteenth of an octave.
 
+    A share counts as many times as the query tile has tiles to choose from: one cut for a whole head would else keep
+    all of the first queries' few tiles, and next to nothing of the last ones'. The very first, which together are a
+    sixteenth of the cap, are wanted whole: they attend to few keys, each of which matters.
+
     levels: int16 [N, nQ, nK], filled by `put`.
     """
 
     count = MASS_LEVELS
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, density: float | None) -> None:
+        self.layout = layout
+        self.whole = 0.0 if density is None else density**0.5 / 4  # its square is the share of the tiles
         self.levels = torch.empty(layout.shape, dtype=torch.int16, device=layout.pair.device)
+        # The middle of each step. The last one has no lower end: what is in it is next to nothing.
+        step = torch.arange(MASS_LEVELS, device=layout.pair.device)
+        self.table: Tensor = torch.exp2((step + 0.5) / -OCTAVE).masked_fill_(step == MASS_LEVELS - 1, 0.0)
 
-    def put(self, rows: slice, mass: Tensor, chosen: Tensor | None = None) -> None:
-        """mass: float [N, rows, nK]. chosen: bool, the tiles of the pattern; None for all."""
-        level = (mass.log2_().mul_(-OCTAVE)).clamp_(0, MASS_LEVELS - 1).nan_to_num_(MASS_LEVELS - 1).to(torch.int16)
-        self.levels[:, rows] = level if chosen is None else torch.where(chosen, level, MASS_LEVELS)
+    def put(self, rows: slice, mass: Tensor) -> None:
+        """mass: float [N, rows, nK], shares of all attention."""
+        choice = self.layout.non_empty(rows).sum(-1, keepdim=True) / self.layout.shape[2]
+        level = (
+            torch.where(choice < self.whole, 1.0, mass * choice)
+            .log2_()
+            .mul_(-OCTAVE)
+            .clamp_(0, MASS_LEVELS - 1)
+            .nan_to_num_(MASS_LEVELS - 1)
+        )
+        self.levels[:, rows] = level.to(torch.int16)
 
     def of(self, rows: slice) -> Tensor:
         return self.levels[:, rows]
 
-    def mass(self, rows: slice) -> Tensor:
-        level = self.levels[:, rows]
-        # The middle of the step. The last one has no lower end: what is in it is next to nothing.
-        return torch.where(level < MASS_LEVELS - 1, torch.exp2((level.float() + 0.5) / -OCTAVE), 0.0)
+    def stop_at(self, last: Tensor) -> None:
+        """Want nothing beyond these levels. last: int64 [N, nQ]."""
+        self.levels.masked_fill_(self.levels > last.unsqueeze(-1), MASS_LEVELS)
 
 
 class OwnSites:
@@ -100,6 +112,8 @@ class OwnSites:
 
     query_site, key_site: int32 [O, S] in slot order, negative for tokens without a site, which have none in common.
     """
+
+    table = None
 
     def __init__(self, layout: Layout, query_site: Tensor, key_site: Tensor) -> None:
         self.layout = layout
@@ -111,9 +125,6 @@ class OwnSites:
         shared = self.key_first.unsqueeze(1) <= self.query_last[:, rows, None]
         shared &= self.query_first[:, rows, None] <= self.key_last.unsqueeze(1)
         return self.layout.of_row(torch.where(shared, rings(self.layout.bounds, rows), self.count))
-
-    def mass(self, rows: slice) -> None:
-        return None
 
 
 def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:

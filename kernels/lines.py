@@ -34,6 +34,8 @@ class Diagonals:
     levels: the rank of each distance, most attention first, int64 [N, nK + 1]; the last entry is for later tiles.
     """
 
+    table = None
+
     def __init__(self, layout: Layout, own_slots: Tensor, mass: Tensor, own_tiles: Tensor, wanted: int) -> None:
         """own_slots: int64 [N, Sq]. mass: float [N, R, nK] of some queries, own_tiles: int32 [N, R] theirs."""
         key_tiles = layout.shape[2]
@@ -60,14 +62,12 @@ class Diagonals:
             levels.append(self.levels.gather(1, distance.flatten(1)).view(distance.shape))
         return torch.minimum(*levels)
 
-    def mass(self, rows: slice) -> None:
-        return None
 
-
-def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern) -> tuple[Columns, Diagonals]:
+def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern, most: int) -> tuple[Columns, Diagonals]:
     """The single keys with the largest column sums, and the diagonals with the largest sums, of the last 64 queries.
 
     A diagonal is 128 keys wide, as tiles are. In a grouped order each modality's last queries count for themselves.
+    most: keys that a cap leaves room for.
     """
     slot = last_slots(rows, pattern.boundary in ("q", "2d"))
     mass, total = rows.tile_mass(slot)
@@ -75,7 +75,7 @@ def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern) -> tuple[Co
     by_modality = total.unflatten(1, (-1, LAST_QUERIES))
     weights = [rows.key_mass(samples[:, g], by_modality[:, g], 0) for g in range(samples.shape[1])]
     weight = torch.stack(weights).amax(0)
-    best = weight.topk(min(pattern.vertical, weight.shape[-1]), -1)
+    best = weight.topk(min(most, weight.shape[-1]), -1)
     columns = Columns.of(rows, best.indices, best.values > 0.0)
     wanted_diagonals = -(-pattern.slash // TILE)
     return columns, Diagonals(layout, rows.own_slots(), mass, rows.own_tiles(slot), wanted_diagonals)
@@ -88,9 +88,12 @@ class GridLines:
     the most attention elsewhere, slash lines each query's own site.
     """
 
+    table = None
+
     def __init__(self, rows: Rows, layout: Layout, lines: str) -> None:
         scene = rows.scene
         self.count = layout.shape[2] + 1
+        self.sites = max(scene.query_modality.shape[1], scene.key_modality.shape[1])  # more than there can be
         of_query = [scene.arrangement.query_site[:, query] for query, _ in rows.pairs]
         of_key = [scene.arrangement.key_site[:, key] for _, key in rows.pairs]
         self.layout = layout
@@ -112,9 +115,6 @@ class GridLines:
             chosen |= ((self.query_first[:, rows] <= site) & (site <= self.query_last[:, rows])).unsqueeze(-1)
         return torch.where(chosen, self.layout.of_row(rings(self.layout.bounds, rows)), self.count)
 
-    def mass(self, rows: slice) -> None:
-        return None
-
     def _of_keys(self, rows: slice) -> Tensor:
         """Tiles of slash and vertical lines, bool [N, rows, nK]."""
         site = self.vertical.unsqueeze(-1)
@@ -127,7 +127,8 @@ class GridLines:
         """The site with the most attention of the probes, int64 [N]."""
         slot = torch.cat(Probes.of(rows).choosing, -1)
         weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0)
-        return _strongest(key_site, weight)
+        total = weight.new_zeros(weight.shape[0], self.sites + 1).scatter_add_(1, (key_site + 1).long(), weight)
+        return total[:, 1:].argmax(-1)
 
     def _sees_elsewhere(self, rows: Rows, query_site: Tensor) -> Tensor:
         """The site whose queries, one a tile, put the most attention outside the other lines, int64 [N]; `NO_SITE`
@@ -142,14 +143,8 @@ class GridLines:
         site = query_site.gather(1, slot)
         weight = torch.cat(outside, 1)
         # The mean over the tiles of a site.
-        total = weight.new_zeros(weight.shape[0], length + 1).scatter_add_(1, (site + 1).long(), weight)
+        total = weight.new_zeros(weight.shape[0], self.sites + 1).scatter_add_(1, (site + 1).long(), weight)
         count = torch.zeros_like(total).scatter_add_(1, (site + 1).long(), torch.ones_like(weight))
         mean = total[:, 1:] / count[:, 1:].clamp(min=1)
         most, index = mean.max(-1)
         return torch.where(most > HORIZONTAL, index, NO_SITE)
-
-
-def _strongest(site: Tensor, weight: Tensor) -> Tensor:
-    """The site with the largest sum of weights. site: int32 [N, S] below S, weight: float [N, S]. int64 [N]."""
-    total = weight.new_zeros(site.shape[0], site.shape[1] + 1).scatter_add_(1, (site + 1).long(), weight)
-    return total[:, 1:].argmax(-1)

@@ -17,6 +17,8 @@ class PairLevels:
     of_pairs: (query modality, key modality or -1 for all, levels); `rest` has the pairs that are not named.
     """
 
+    table = None
+
     def __init__(self, rows: Rows, layout: Layout, of_pairs: Sequence[tuple[int, int, Levels]], rest: Levels) -> None:
         self.rest, self.of_pairs = rest, of_pairs
         self.count = max([rest.count, *(levels.count for _, _, levels in of_pairs)])
@@ -39,9 +41,6 @@ class PairLevels:
         for query, key, levels in self.of_pairs:
             level = torch.minimum(level, self._within(levels, rows, self._in_pair(rows, query, key)))
         return level
-
-    def mass(self, rows: slice) -> None:
-        return None
 
     def _in_pair(self, rows: slice, query: int, key: int) -> Tensor:
         """Tiles with a query and a key of these modalities, bool [N, rows, nK]."""

@@ -199,7 +199,9 @@ def _plan_rows(
         one.columns.zero_()
         one.cold.fill_(True)
     causal = causal.repeat_interleave(len(heads))
-    wanted = _Wanted(Everything(layout)) if dense else _wanted(rows, layout, shape, pattern, frame, seen)
+    wanted = (
+        _Wanted(Everything(layout)) if dense else _wanted(rows, layout, shape, pattern, frame, seen, density, recall)
+    )
     columns = wanted.columns
     if columns is not None:
         _write(one.columns, columns.slots)
@@ -209,10 +211,12 @@ def _plan_rows(
     if density is not None and not dense:
         spent = -(-counts[..., 4].sum(-1, dtype=torch.int64) // TILE)
         budget = (causal.double() * density).floor().long() - spent
-    cut = None if dense else find_cut(layout, wanted.levels, budget, _target(pattern, recall, wanted))
+    target = None if pattern.pairs else _target(pattern, recall, wanted.held, layout)
+    cut = None if dense else find_cut(layout, wanted.levels, budget, target)
     list_tiles(layout, wanted.levels, cut, None if columns is None else columns.hot_tiles(), counts, tiles)
     if pattern.kind == "columns" and not dense:
-        own = list_own_keys(rows, layout, pattern.columns)
+        most = pattern.columns if density is None else _affordable(layout, density, pattern.columns)
+        own = list_own_keys(rows, layout, pattern.columns, most)
         _write(one.columns, own.slots)
         counts[..., 3], counts[..., 4] = own.first, own.counts
     _write(one.counts, counts)
@@ -247,23 +251,41 @@ class _Wanted(NamedTuple):
 
     levels: Levels
     columns: Columns | None = None
-    share: Tensor | None = None  # float [N]
+    held: Tensor | None = None  # float [N, nQ], of the attention, by the single keys
 
 
 def _wanted(
-    rows: Rows, layout: Layout, shape: AShape, pattern: HeadPattern, frame: Tensor, seen: Sighting | None
+    rows: Rows,
+    layout: Layout,
+    shape: AShape,
+    pattern: HeadPattern,
+    frame: Tensor,
+    seen: Sighting | None,
+    density: float | None,
+    recall: float | None,
 ) -> _Wanted:
     if not pattern.pairs:
-        return _of_kind(rows, layout, shape, pattern, frame, seen)
-    of_pairs = [
-        (query, key, _of_kind(rows, layout, shape, intra, frame, None).levels) for query, key, intra in pattern.pairs
-    ]
-    rest = _of_kind(rows, layout, shape, pattern, frame, seen)
+        return _of_kind(rows, layout, shape, pattern, frame, seen, density)
+    of_pairs = []
+    for query, key, intra in pattern.pairs:
+        levels = _of_kind(rows, layout, shape, intra, frame, None, None).levels
+        if isinstance(levels, MassLevels):  # one cut for the levels of all pairs would mean nothing
+            _stop_at(levels, layout, _target(intra, recall, None, layout))
+        of_pairs.append((query, key, levels))
+    rest = _of_kind(rows, layout, shape, pattern, frame, seen, density)
+    if isinstance(rest.levels, MassLevels):
+        _stop_at(rest.levels, layout, _target(pattern, recall, rest.held, layout))
     return rest._replace(levels=PairLevels(rows, layout, of_pairs, rest.levels))
 
 
 def _of_kind(
-    rows: Rows, layout: Layout, shape: AShape, pattern: HeadPattern, frame: Tensor, seen: Sighting | None
+    rows: Rows,
+    layout: Layout,
+    shape: AShape,
+    pattern: HeadPattern,
+    frame: Tensor,
+    seen: Sighting | None,
+    density: float | None,
 ) -> _Wanted:
     match pattern.kind:
         case "dense":
@@ -283,37 +305,53 @@ def _of_kind(
             key_site = torch.stack([arrangement.key_site[:, key] for _, key in rows.pairs], 1).flatten(0, 1)
             return _Wanted(OwnSites(layout, query_site, key_site))
         case "vertical_slash":
-            columns, levels = vertical_slash(rows, layout, pattern)
+            most = pattern.vertical if density is None else _affordable(layout, density, pattern.vertical)
+            columns, levels = vertical_slash(rows, layout, pattern, most)
             return _Wanted(levels, columns)
         case "grid":
             return _Wanted(GridLines(rows, layout, pattern.lines))
         case "columns":
             return _Wanted(Nothing(layout))
         case _:
-            return _most_attended(rows, layout, pattern, seen)
+            return _most_attended(rows, layout, pattern, seen, density)
 
 
-def _most_attended(rows: Rows, layout: Layout, pattern: HeadPattern, seen: Sighting | None) -> _Wanted:
+def _most_attended(
+    rows: Rows, layout: Layout, pattern: HeadPattern, seen: Sighting | None, density: float | None
+) -> _Wanted:
     """Kind "top_p"."""
-    columns, share = (None, None) if seen is None else (seen.columns, seen.share)
-    levels = MassLevels(layout)
+    columns = None if seen is None else seen.columns
+    levels = MassLevels(layout, density)
+    held = []
     for part in layout.chunks():
         if pattern.scores == "sampled":
-            mass = sampled_mass(rows, layout, part, None if columns is None else columns.cold)
+            mass, of_columns = sampled_mass(rows, layout, part, columns)
+            held.append(of_columns)
         else:
             mass = {"pooled": pooled_mass, "antidiagonal": antidiagonal_mass}[pattern.scores](rows, layout, part)
         levels.put(part, mass)
-    return _Wanted(levels, columns, share)
+    return _Wanted(levels, columns, torch.cat(held, 1) if held else None)
 
 
-def _target(pattern: HeadPattern, recall: float | None, wanted: _Wanted) -> Tensor | float | None:
-    """What tiles are to hold of the attention that is left to them: a share, or one for each plan row [N, 1]."""
-    if pattern.kind != "top_p" or pattern.pairs:
+def _target(pattern: HeadPattern, recall: float | None, held: Tensor | None, layout: Layout) -> Tensor | None:
+    """What tiles are to hold of the attention that single keys leave to them: float [N, nQ]. held: of all, by these."""
+    if pattern.kind != "top_p":
         return None
     target = pattern.mass if recall is None else recall
-    if wanted.share is None:
-        return float(target)
-    return ((target - wanted.share) / (1.0 - wanted.share).clamp(min=1e-6)).clamp(min=0.0).unsqueeze(-1)
+    if held is None:
+        return torch.full(layout.shape[:2], target, device=layout.pair.device)
+    return ((target - held) / (1.0 - held).clamp(min=1e-6)).clamp(min=0.0)
+
+
+def _stop_at(levels: MassLevels, layout: Layout, target: Tensor | None) -> None:
+    cut = find_cut(layout, levels, None, target)
+    if cut is not None and cut.of_tile is not None:
+        levels.stop_at(cut.of_tile)
+
+
+def _affordable(layout: Layout, density: float, most: int) -> int:
+    """How many single keys a query tile of mean length can have under a cap, two tiles being mandatory."""
+    return max(1, min(most, int(TILE * (density * layout.shape[2] / 2 - 2))))
 
 
 def _by_site(pattern: HeadPattern) -> bool:

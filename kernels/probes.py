@@ -79,7 +79,6 @@ class Sighting(NamedTuple):
 
     measured: Measured
     columns: Columns | None
-    share: Tensor | None  # float [N], of the choosing queries' attention, that the columns hold
     held: Tensor  # float [N], of the measuring queries' attention outside columns, by the tiles that the others want
 
 
@@ -97,7 +96,6 @@ def look(rows: Rows, columns: int, density: float | None) -> Sighting:
     choosing = samples * probes.weight.shape[1]
     mass, every = rows.tile_mass(slot)
     picked: Columns | None = None
-    share: Tensor | None = None
     outside = torch.zeros_like(every)
     if columns:
         weight = probes.weight.repeat(1, samples)
@@ -107,14 +105,13 @@ def look(rows: Rows, columns: int, density: float | None) -> Sighting:
         )
         mass, total = rows.tile_mass(slot, picked.cold)
         outside = _outside(total, every)
-        share = _mean(outside[:, :choosing], weight)
     chooses, tried = mass[:, :choosing].unflatten(1, (samples, -1)).sum(1), mass[:, choosing:]
     tiles = max(1, round((UNCAPPED if density is None else density) * scene.key_tiles / 2))
     wanted = chooses.topk(min(tiles, scene.key_tiles), -1).indices
     of_tried = outside[:, choosing:]
     weight = probes.weight * (every[:, choosing:] > float("-inf"))
     held = _mean(tried.gather(-1, wanted).sum(-1), weight * (1.0 - of_tried))
-    return Sighting(Measured(probes.measuring, tried, of_tried, weight), picked, share, held)
+    return Sighting(Measured(probes.measuring, tried, of_tried, weight), picked, held)
 
 
 def choose_orders(
@@ -140,14 +137,12 @@ def choose_orders(
 
     measured = Measured(*(chosen(list(part)) for part in zip(*(one.measured for one in seen), strict=True)))
     picked: Columns | None = None
-    share: Tensor | None = None
     if columns:
         picked = Columns(
             *(chosen(list(part)) for part in zip(*(one.columns for one in seen if one.columns), strict=True))
         )
-        share = chosen([one.share for one in seen if one.share is not None])
     rows = Rows(scene, heads, pairs, by_site, choice.unflatten(0, (scene.batch, -1)))
-    return rows, Sighting(measured, picked, share, chosen([one.held for one in seen]))
+    return rows, Sighting(measured, picked, chosen([one.held for one in seen]))
 
 
 def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor, tiles: int) -> Tensor:

@@ -141,6 +141,29 @@ class Rows(NamedTuple):
         by_head = total.unflatten(0, (self.scene.batch, -1))
         return column_mass(self._sampled(slot), by_head, own, skip_tiles).flatten(0, 1)
 
+    def slots_log_mass(self, slot: Tensor, key_slot: Tensor, listed: Tensor) -> Tensor:
+        """Log of the sum of exp(score) of sampled queries over the first keys of a list: float [N, R].
+
+        slot: int64 [N, R], query slots. key_slot: int32 [N, C]. listed: int32 [N], how many of them count.
+        """
+        scene = self.scene
+        assert scene.key is not None
+        copy = (head_indices(self.first_copies, slot.device) + self.key_row).long().unsqueeze(2)  # [B, heads, 1]
+        batch = torch.arange(scene.batch, device=slot.device).view(-1, 1, 1)
+        keys = scene.key[batch, copy, key_slot.long().unflatten(0, (scene.batch, -1))].flatten(0, 1)  # [N, C, D]
+        scores = (self.queries(slot) @ keys.transpose(1, 2)).float() * scene.scale
+        query_tags = self._tags_at([scene.arrangement.query_tags[:, query] for query, _ in self.pairs], slot)
+        key_tags = self._tags_at([scene.arrangement.key_tags[:, key] for _, key in self.pairs], key_slot.long())
+        counts = torch.arange(key_slot.shape[1], device=slot.device) < listed.unsqueeze(1)
+        allowed = self._sampled(slot[:, :1]).allowed(query_tags, key_tags) & counts.unsqueeze(1)
+        return torch.logsumexp(scores.masked_fill_(~allowed, float("-inf")), -1)
+
+    def _tags_at(self, of_pair: list[Tensor], slot: Tensor) -> Tensor:
+        """Tags [B, 3, S] of each pair, at some slots [N, R] of the rows: [N, 3, R]."""
+        tags = torch.stack(of_pair, 1).flatten(0, 1)  # [B * pairs, 3, S]
+        tag = torch.arange(3, device=slot.device).view(1, 3, 1)
+        return tags[self.pair.view(-1, 1, 1), tag, slot.unsqueeze(1)]
+
     def of_copies(self, of_copy: Tensor) -> Tensor:
         """What is known of each key copy, [B, C, ...], for the rows: [N, ...]."""
         copy = head_indices(self.first_copies, self.choice.device) + self.key_row  # [B, heads]
@@ -202,3 +225,8 @@ def scattered(tile: Tensor, offset: int) -> Tensor:
     """A slot of each tile, int64: `offset` rows further, and other rows from tile to tile. By site, tokens of one frame
     stand at regular distances, and a fixed row might meet no other frame."""
     return tile * TILE + (tile * 37 + offset) % TILE
+
+
+def tile_slots(rows: slice, length: int, device: torch.device) -> Tensor:
+    """Every query slot of some tiles, int64 [rows * TILE]; past the end the last one."""
+    return torch.arange(rows.start * TILE, rows.stop * TILE, device=device).clamp_(max=length - 1)

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.scene import Rows, scattered
+from mmcompile.kernels.scene import Rows, scattered, tile_slots
+from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tags import INVALID
 from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
 
 ANTIDIAGONAL = 16  # queries and keys of one antidiagonal (XAttention's stride)
-
-
-def tile_slots(rows: slice, length: int, device: torch.device) -> Tensor:
-    """Every query slot of some tiles, int64 [rows * TILE]; past the end the last one."""
-    return torch.arange(rows.start * TILE, rows.stop * TILE, device=device).clamp_(max=length - 1)
 
 
 def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, ...]:
@@ -34,12 +30,18 @@ def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, ...]:
     return (tile * TILE).clamp(max=last), second.clamp(max=last), third.clamp(max=last)
 
 
-def sampled_mass(of: Rows, layout: Layout, rows: slice, cold: Tensor | None) -> Tensor:
-    """Exact attention of the samples of each tile, averaged. cold: bool [N, Sk], the keys that count; None for all."""
+def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor]:
+    """Exact attention of the samples of each tile, averaged; and what of it the columns hold, float [N, rows]."""
     tile = torch.arange(rows.start, rows.stop, device=layout.pair.device).expand(of.rows, -1)
     samples = sample_slots(of, tile)
-    mass, _ = of.tile_mass(torch.cat(samples, -1), cold)
-    return mass.unflatten(1, (len(samples), -1)).mean(1)
+    slot = torch.cat(samples, -1)
+    mass, total = of.tile_mass(slot, None if columns is None else columns.cold)
+    held = torch.zeros_like(total)
+    if columns is not None:
+        in_columns = of.slots_log_mass(slot, columns.slots, columns.listed)
+        held = torch.sigmoid(in_columns - total).nan_to_num_(0.0)  # both are -inf for a query that sees no key
+        mass = mass * (1.0 - held).unsqueeze(-1)
+    return tuple(part.unflatten(1, (len(samples), -1)).mean(1) for part in (mass, held))
 
 
 def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
@@ -61,7 +63,8 @@ def antidiagonal_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
         part = slice(start, min(start + max(1, (rows.stop - rows.start) // 16), rows.stop))
         query = of.queries(tile_slots(part, scene.query_modality.shape[1], device).expand(of.rows, -1))
         query = query.unflatten(1, (-1, ANTIDIAGONAL)).flip(2).flatten(2)  # [N, rows * 8, 16 * D]
-        scores = (query @ key.transpose(1, 2)).float() * (scene.scale / ANTIDIAGONAL)
+        # Scaled first: sums of so many products could pass what float16 holds.
+        scores = ((query * (scene.scale / ANTIDIAGONAL)) @ key.transpose(1, 2)).float()
         blocks = TILE // ANTIDIAGONAL
         allowed = layout.non_empty(part).repeat_interleave(blocks, 1).repeat_interleave(blocks, 2)
         shares.append(_shares(scores, allowed).unflatten(1, (-1, blocks)).unflatten(3, (-1, blocks)).mean(2).sum(-1))
@@ -78,11 +81,12 @@ def _pooled_keys(of: Rows) -> tuple[Tensor, Tensor]:
     assert scene.key is not None
     usable = by_tile(scene.arrangement.key_tags[:, :, 0] != INVALID, False)  # [B, Ok, nK, TILE]
     copies = scene.key.shape[1] // usable.shape[1]
-    weight = usable.repeat(1, copies, 1, 1).to(scene.key.dtype)  # [B, C, nK, TILE]
+    usable = usable.repeat(1, copies, 1, 1)  # [B, C, nK, TILE]
+    count = usable.sum(-1).float()
+    weight = (usable / count.clamp(min=1).unsqueeze(-1)).to(scene.key.dtype)
     keys = _padded(scene.key).unflatten(2, (-1, TILE))
-    count = weight.float().sum(-1)
     # A matrix product, so that no float32 copy of the keys is made.
-    pooled = (weight.unsqueeze(-2) @ keys).squeeze(-2).float() / count.clamp(min=1).unsqueeze(-1)
+    pooled = (weight.unsqueeze(-2) @ keys).squeeze(-2).float()
     return of.of_copies(pooled), of.of_copies(count)
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.scene import Rows
-from mmcompile.kernels.scores import tile_slots
+from mmcompile.kernels.scene import Rows, tile_slots
 from mmcompile.kernels.tags import INVALID
 from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
@@ -19,6 +18,7 @@ class Columns(NamedTuple):
     """Single keys that every query tile computes: none of them is attended through a tile."""
 
     slots: Tensor  # int32 [N, C], ascending positions, unused entries last
+    listed: Tensor  # int32 [N], how many there are
     counts: Tensor  # int32 [N, nQ], how many of them a query tile can reach
     cold: Tensor  # bool [N, Sk] in key slots: False for the keys above
 
@@ -34,12 +34,13 @@ class Columns(NamedTuple):
         # Unwanted slots may repeat a wanted one, so they must not write.
         spare = torch.where(wanted, slot, cold.shape[-1])
         cold = torch.nn.functional.pad(cold, (0, 1)).scatter_(-1, spare, False)[:, :-1].contiguous()
+        found = (position < INVALID).sum(-1, dtype=torch.int32)
         if scene.spans:  # later keys may be reached as well
-            counts = (position < INVALID).sum(-1, dtype=torch.int32).unsqueeze(-1).expand(-1, scene.query_tiles)
+            counts = found.unsqueeze(-1).expand(-1, scene.query_tiles)
         else:
             last = [by_tile(scene.arrangement.query_tags[:, query, 0], -1).amax(-1) for query, _ in rows.pairs]
             counts = torch.searchsorted(position, rows.of_pairs(last), right=True, out_int32=True)
-        return cls(listed.int(), counts, cold)
+        return cls(listed.int(), found, counts, cold)
 
     def hot_tiles(self) -> Tensor:
         """Tiles with a key that is not cold, bool [N, nK]."""
@@ -69,7 +70,7 @@ class OwnKeys(NamedTuple):
     counts: Tensor  # int32 [N, nQ]
 
 
-def list_own_keys(rows: Rows, layout: Layout, most: int) -> OwnKeys:
+def list_own_keys(rows: Rows, layout: Layout, room: int, most: int) -> OwnKeys:
     """The `most` keys that each query tile's mean query attends to, outside the mandatory tiles (VecAttention)."""
     scene = rows.scene
     count, query_tiles, _ = layout.shape
@@ -90,7 +91,7 @@ def list_own_keys(rows: Rows, layout: Layout, most: int) -> OwnKeys:
             last = [by_tile(scene.arrangement.query_tags[:, q, 0], -1).amax(-1)[:, part] for q, _ in rows.pairs]
             usable &= key_position.unsqueeze(1) <= rows.of_pairs(last).unsqueeze(-1)
         best = scores.masked_fill_(~usable, float("-inf")).topk(found, -1)
-        listed.append(torch.nn.functional.pad(best.indices.int(), (0, most - found)))
+        listed.append(torch.nn.functional.pad(best.indices.int(), (0, room - found)))
         counts.append((best.values > float("-inf")).sum(-1, dtype=torch.int32))
-    first = torch.arange(query_tiles, dtype=torch.int32, device=key.device) * most
+    first = torch.arange(query_tiles, dtype=torch.int32, device=key.device) * room
     return OwnKeys(torch.cat(listed, 1).flatten(1), first, torch.cat(counts, 1))

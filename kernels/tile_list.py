@@ -14,11 +14,13 @@ class Levels(Protocol):
 
     count: int
 
+    @property
+    def table(self) -> Tensor | None:
+        """Attention of a tile of each level, to a factor that a query tile's tiles share: float [count], or None where
+        it is not known."""
+
     def of(self, rows: slice) -> Tensor:
         """Integer [N, rows, nK]; `rows` are query tiles."""
-
-    def mass(self, rows: slice) -> Tensor | None:
-        """Share of each query tile's attention, float [N, rows, nK]; None where nothing estimates it."""
 
 
 class Layout(NamedTuple):
@@ -56,45 +58,53 @@ class Cut(NamedTuple):
 
     of_row: Tensor  # int64 [N]
     of_tile: Tensor | None  # int64 [N, nQ]
+    rest: Tensor | None  # int64 [N], what is left of the budget for tiles of the level after `of_row`
+    next: Tensor | None  # int64 [N], how many these are
 
 
-def find_cut(layout: Layout, levels: Levels, budget: Tensor | None, recall: Tensor | float | None) -> Cut | None:
+def find_cut(layout: Layout, levels: Levels, budget: Tensor | None, recall: Tensor | None) -> Cut | None:
     """Where to stop: each query tile at `recall` of its attention, each plan row within `budget` tiles.
 
-    Mandatory tiles are counted first, then tiles level by level, for as long as a whole level fits. budget: int64 [N]
-    or None. recall: a share, float or float [N, 1], or None.
+    Mandatory tiles are counted first, then tiles level by level, for as long as a whole level fits; where attention is
+    known, what is left goes to tiles of the next level, spread evenly. budget: int64 [N] or None. recall: float [N, nQ]
+    or None.
     """
     if budget is None and recall is None:
         return None
-    rows_of = layout.shape[0]
     device = layout.pair.device
-    mandatory = torch.zeros(rows_of, dtype=torch.int64, device=device)
-    tiles_of = torch.zeros(rows_of, levels.count + 1, dtype=torch.int64, device=device)  # by level
+    mandatory = torch.zeros(layout.shape[0], dtype=torch.int64, device=device)
+    tiles_of = torch.zeros(layout.shape[0], levels.count + 1, dtype=torch.int64, device=device)  # by level
     reached: list[Tensor] = []
     for rows in layout.chunks():
         must = layout.mandatory(rows)
-        level = levels.of(rows).long()
-        level = torch.where(layout.non_empty(rows) & ~must, level, levels.count)
-        mass = None if recall is None else levels.mass(rows)
-        if mass is not None:
-            # Counted a row at a time: tiles of one row seldom share a level, so the additions seldom collide.
-            held = mass.new_zeros(*level.shape[:2], levels.count + 1).scatter_add_(-1, level, mass * ~must).cumsum(-1)
-            of_must = (mass * must).sum(-1, keepdim=True)
-            held = torch.cat([of_must, held[..., :-1] + of_must], -1)  # with no level, with level 0, with 0 and 1, ...
-            target = held[..., -1:] * (recall if isinstance(recall, float) else recall.unsqueeze(-1))  # type: ignore
+        wanted = levels.of(rows).long()
+        level = torch.where(layout.non_empty(rows) & ~must, wanted, levels.count)
+        # Counted a row at a time: tiles of one row seldom share a level, so the additions seldom collide. And counted
+        # in integers: sums of floats would come out in another order from run to run.
+        one = torch.ones((), dtype=torch.int32, device=device).expand_as(level)
+        counted = torch.zeros(*level.shape[:2], levels.count + 1, dtype=torch.int32, device=device)
+        counted.scatter_add_(-1, level, one)
+        if recall is not None and levels.table is not None:
+            table = torch.nn.functional.pad(levels.table, (0, 1))
+            of_must = (table[wanted] * must).sum(-1, keepdim=True)
+            held = (counted[..., :-1] * levels.table).cumsum(-1)
+            held = torch.cat([of_must, held + of_must], -1)  # with no level, with level 0, with 0 and 1, ...
+            target = held[..., -1:] * recall[:, rows, None]
             within = ((held < target).sum(-1) - 1).clamp(max=levels.count - 1)
             reached.append(within)
-            level = torch.where(level <= within.unsqueeze(-1), level, levels.count)
-        if budget is not None:
-            mandatory += must.sum((1, 2))
-            one = torch.ones((), dtype=torch.int32, device=device).expand_as(level)
-            counted = torch.zeros(*level.shape[:2], levels.count + 1, dtype=torch.int32, device=device)
-            tiles_of += counted.scatter_add_(-1, level, one).sum(1)
-    last = torch.full_like(mandatory, levels.count - 1)
-    if budget is not None:
-        fits = mandatory.unsqueeze(1) + tiles_of[:, :-1].cumsum(1) <= budget.unsqueeze(1)
-        last = fits.sum(1) - 1
-    return Cut(last, torch.cat(reached, 1) if reached else None)
+            counted *= torch.arange(levels.count + 1, device=device) <= within.unsqueeze(-1)
+        mandatory += must.sum((1, 2))
+        tiles_of += counted.sum(1)
+    of_tile = torch.cat(reached, 1) if reached else None
+    if budget is None:
+        return Cut(torch.full_like(mandatory, levels.count - 1), of_tile, None, None)
+    used = mandatory.unsqueeze(1) + tiles_of[:, :-1].cumsum(1)
+    last = (used <= budget.unsqueeze(1)).sum(1) - 1
+    if levels.table is None:
+        return Cut(last, of_tile, None, None)
+    spent = torch.cat([mandatory.unsqueeze(1), used], 1).gather(1, (last + 1).unsqueeze(1)).squeeze(1)
+    following = torch.nn.functional.pad(tiles_of[:, :-1], (0, 1)).gather(1, (last + 1).unsqueeze(1)).squeeze(1)
+    return Cut(last, of_tile, (budget - spent).clamp(min=0), following)
 
 
 def list_tiles(
@@ -109,8 +119,9 @@ def list_tiles(
     room = torch.full((tiles.shape[0], length + 1), -1, dtype=torch.int32, device=tiles.device)
     start = torch.zeros(tiles.shape[0], 1, dtype=torch.int64, device=tiles.device)
     tile = torch.arange(layout.shape[2], dtype=torch.int32, device=tiles.device)
+    seen = torch.zeros(tiles.shape[0], dtype=torch.int64, device=tiles.device)  # tiles of the level after the cut
     for rows in layout.chunks():
-        chosen = _choose(layout, levels, cut, rows)
+        chosen, seen = _choose(layout, levels, cut, rows, seen)
         full = layout.full(rows)
         if hot_tiles is not None:
             full &= ~hot_tiles.unsqueeze(1)
@@ -131,12 +142,22 @@ def list_tiles(
     tiles.copy_(room[:, :length])
 
 
-def _choose(layout: Layout, levels: Levels, cut: Cut | None, rows: slice) -> Tensor:
-    """The tiles to list, bool [N, rows, nK]; no empty ones."""
+def _choose(layout: Layout, levels: Levels, cut: Cut | None, rows: slice, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The tiles to list, bool [N, rows, nK], no empty ones; and `seen` with the tiles of these rows."""
     level = levels.of(rows)
-    chosen = level < levels.count
-    if cut is not None:
-        chosen &= level <= cut.of_row[:, None, None]
-        if cut.of_tile is not None:
-            chosen &= level <= cut.of_tile[:, rows, None]
-    return (chosen & layout.non_empty(rows)) | layout.mandatory(rows)
+    wanted = level < levels.count
+    must = layout.mandatory(rows)
+    wanted &= layout.non_empty(rows) & ~must
+    if cut is None:
+        return wanted | must, seen
+    if cut.of_tile is not None:
+        wanted &= level <= cut.of_tile[:, rows, None]
+    chosen = wanted & (level <= cut.of_row[:, None, None])
+    if cut.rest is not None and cut.next is not None:
+        following = (wanted & (level == cut.of_row[:, None, None] + 1)).flatten(1)
+        rank = seen.unsqueeze(1) + following.cumsum(1)  # from 1
+        # Of `next` tiles every so many-th, `rest` in all.
+        share = [(number * cut.rest.unsqueeze(1)) // cut.next.clamp(min=1).unsqueeze(1) for number in (rank, rank - 1)]
+        chosen |= (following & (share[0] > share[1])).view_as(chosen)
+        seen = rank[:, -1]
+    return chosen | must, seen

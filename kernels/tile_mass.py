@@ -89,9 +89,9 @@ class SampledRows(NamedTuple):
         )
 
     def allowed(self, query_tags: Tensor, key_tags: Tensor) -> Tensor:
-        """The element mask. query_tags: [3, R], key_tags: [3, K]. Returns bool [R, K]."""
-        q_position, q_segment, q_span = query_tags.unsqueeze(2).unbind(0)
-        k_position, k_segment, k_span = key_tags.unsqueeze(1).unbind(0)
+        """The element mask. query_tags: [..., 3, R], key_tags: [..., 3, K]. Returns bool [..., R, K]."""
+        q_position, q_segment, q_span = query_tags.unsqueeze(-1).unbind(-3)
+        k_position, k_segment, k_span = key_tags.unsqueeze(-2).unbind(-3)
         allowed = k_position <= q_position
         if self.spans:
             allowed |= (k_span == q_span) & (q_span >= 0)

@@ -95,7 +95,7 @@ def find(kind: str, seed: int) -> Found:
     # At random, because evenly spread queries may all be of one site.
     rows = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
     if any(look.kind == "site" for look in planted.plant.heads[0].looks):
-        # The plant counts sites on through the text; a prompt's text has none, and no order brings its queries together.
+        # The plant counts sites on through the text; a prompt's text has none, and no order brings it together.
         rows = rows[planted.truth.modality[rows] > 0]
     held = next(softmax_rows(planted, rows)) * planted.truth.mask(0, rows)
     computed = held * computed_keys(planned, 0, rows)
