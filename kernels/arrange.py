@@ -58,6 +58,7 @@ def arrange(
     query_offset: int,
     orders: str,
     min_tokens: int,
+    scale: float | None = None,
 ) -> Arrangement:
     """The orders that `orders` (from `encode_orders`) names.
 
@@ -71,6 +72,7 @@ def arrange(
         contiguous.
     query_offset: position of the first query among the keys.
     min_tokens: shorter key lengths get raster orders; attention then runs dense.
+    scale: of the scores in which a stride is searched; 1/sqrt(D) when None.
 
     Raises ValueError naming the argument, its value, and what would be right.
     """
@@ -84,7 +86,7 @@ def arrange(
     if key_length < min_tokens:
         query_orders, key_orders = (Order(),) * len(query_orders), (Order(),) * len(key_orders)
     tokens = TokenSites.of(offsets, modality, grid, batch, query_length)
-    strides = _searched_strides(query, key, tokens, query_offset, {*query_orders, *key_orders})
+    strides = _searched_strides(query, key, tokens, query_offset, scale, {*query_orders, *key_orders})
     of_query, of_key = [], []
     for order in query_orders:
         site = _sites(tokens, order, strides)
@@ -113,13 +115,18 @@ def _sites(tokens: TokenSites, order: Order, strides: dict[int, Tensor]) -> Tens
 
 
 def _searched_strides(
-    query: Tensor | None, key: Tensor | None, tokens: TokenSites, query_offset: int, orders: set[Order]
+    query: Tensor | None,
+    key: Tensor | None,
+    tokens: TokenSites,
+    query_offset: int,
+    scale: float | None,
+    orders: set[Order],
 ) -> dict[int, Tensor]:
     """The stride found for each limit that the orders name, int32 [B] each."""
     limits = {order.max_stride for order in orders if order.searches}
     if query is None or key is None:
         return {}
-    return {limit: search_stride(query, key, tokens.modality, query_offset, limit) for limit in sorted(limits)}
+    return {limit: search_stride(query, key, tokens.modality, query_offset, limit, scale) for limit in sorted(limits)}
 
 
 def _require_pair(name: str, of_query: Tensor | None, of_key: Tensor | None) -> None:

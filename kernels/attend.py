@@ -105,7 +105,7 @@ def plan_attention(
     sizes = (batch, query_length, key_length, offset)
     mask: tuple[Any, ...] = (key_valid, None, None, None, None)
     data = (query, key) if searches else (None, None)
-    arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), 0))
+    arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), 0, scale))
     copies = KeyCopies.of(kv_heads, len(orders[1]))
     key = _in_orders(key, arrangement.key_order, copies, orders[1])
     data = (query, key) if any(pattern.needs_data for pattern in of_head) else (None, None)

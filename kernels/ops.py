@@ -21,7 +21,8 @@ from mmcompile.kernels.tile_walk import TileWalk
 _ARRANGE = (
     "(Tensor? query, Tensor? key, Tensor offsets, Tensor modality, Tensor grid, Tensor? key_valid, "
     "Tensor? query_segment, Tensor? key_segment, Tensor? query_span, Tensor? key_span, SymInt batch, "
-    "SymInt query_length, SymInt key_length, SymInt query_offset, str orders, SymInt min_tokens) -> "
+    "SymInt query_length, SymInt key_length, SymInt query_offset, str orders, SymInt min_tokens, "
+    "float? scale=None) -> "
     "(Tensor query_order, Tensor key_order, Tensor query_tags, Tensor key_tags, Tensor query_site, Tensor key_site)"
 )
 _PLAN = (
@@ -60,6 +61,7 @@ def arrange(
     query_offset: int,
     orders: str,
     min_tokens: int,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`kernels/arrange.py`'s arrangement: orders of queries and keys, and their tags and sites in them."""
     return arranging.arrange(
@@ -79,13 +81,14 @@ def arrange(
         query_offset,
         orders,
         min_tokens,
+        scale,
     )
 
 
 @arrange.register_fake
 def _(
     query, key, offsets, modality, grid, key_valid, query_segment, key_segment, query_span, key_span,
-    batch, query_length, key_length, query_offset, orders, min_tokens,
+    batch, query_length, key_length, query_offset, orders, min_tokens, scale=None,
 ):  # fmt: skip
     shapes = arranging.arrangement_shapes(batch, query_length, key_length, orders)
     return tuple(offsets.new_empty(shape, dtype=torch.int32) for shape in shapes)

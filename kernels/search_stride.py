@@ -11,7 +11,9 @@ NEAR = 16  # distances that any local head attends to, and that say nothing of a
 LEAST_STRIDE = 8
 
 
-def search_stride(query: Tensor, key: Tensor, modality: Tensor, query_offset: int, max_stride: int) -> Tensor:
+def search_stride(
+    query: Tensor, key: Tensor, modality: Tensor, query_offset: int, max_stride: int, scale: float | None = None
+) -> Tensor:
     """The stride at which the last vision queries attend most, over all heads, int32 [B].
 
     The paper views the estimate by (position // stride, position % stride) and keeps the stride with the highest
@@ -20,6 +22,7 @@ def search_stride(query: Tensor, key: Tensor, modality: Tensor, query_offset: in
 
     query: [B, H, Sq, D], key: [B, C, Sk, D] in token order. modality: int32 [B, Sq] of the queries.
     max_stride: the largest stride to try; the same for all heads, because frames are a property of the input.
+    scale: of the scores; 1/sqrt(D) when None.
     """
     batch, heads, query_length, width = query.shape
     rows = min(LAST_QUERIES, query_length)
@@ -39,7 +42,13 @@ def search_stride(query: Tensor, key: Tensor, modality: Tensor, query_offset: in
     for b in range(batch):
         of_rows = query[b].index_select(1, row[b]).float().view(copies, group * rows, width)
         of_keys = key[b].index_select(1, column[b].clamp(min=0)).float()
-        scores = torch.baddbmm(of_rows.new_zeros(()), of_rows, of_keys.transpose(1, 2), beta=0, alpha=width**-0.5)
+        scores = torch.baddbmm(
+            of_rows.new_zeros(()),
+            of_rows,
+            of_keys.transpose(1, 2),
+            beta=0,
+            alpha=width**-0.5 if scale is None else scale,
+        )
         scores = scores.view(heads, rows, keys).masked_fill_(~usable[b], float("-inf"))
         weights = torch.softmax(scores, -1).nan_to_num_(0.0)
         response[b] = _slash_response(weights, distance[b], max_stride) + _vertical_response(weights, max_stride)

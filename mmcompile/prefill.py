@@ -130,10 +130,16 @@ class CompiledPrefill:
 
 
 def tells_boundaries(module: fx.GraphModule) -> bool:
-    """Whether calls of the graph that is being compiled tell their boundaries: bound now, or among its inputs."""
+    """Whether the call that is being compiled tells its grids: bound now, or among the graph's inputs.
+
+    Later calls of the graph are taken to be alike. One that tells nothing keeps its video tokens in raster order.
+    """
+    bound = bound_boundaries()
+    if isinstance(bound, ModalityBoundaries):
+        return bool((bound.grid > 0).any())  # type: ignore[operator]
     values = (fake_value(node) for node in placeholders(module.graph))
     positions = (isinstance(value, torch.Tensor) and is_multimodal_positions(value) for value in values)
-    return bound_boundaries() is not None or any(positions)
+    return bound is not None or any(positions)
 
 
 def _find_positions(inputs: Sequence[fx.Node], batch: Size, length: Size) -> int | None:

@@ -153,6 +153,7 @@ class _Site:
             rows.offset,
             encode_orders(*self.orders),
             self.budget.min_tokens,
+            self.scale if self.searches else None,
         )
         return ArrangementNodes(*self._outputs(_OPS.arrange.default, arguments), rows.offset)  # type: ignore[call-arg]
 

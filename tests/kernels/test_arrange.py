@@ -229,6 +229,7 @@ def test_arguments_are_those_of_the_op_in_its_order() -> None:
         "query_offset",
         "orders",
         "min_tokens",
+        "scale",
     ]
 
 

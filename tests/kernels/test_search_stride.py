@@ -127,3 +127,15 @@ def test_the_search_never_waits_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert stride.tolist() == [60]
+
+
+def test_the_scale_of_the_model_counts() -> None:
+    """Queries that are normalised come with a scale of their own, under which a flat softmax would tell nothing."""
+    plant = random_plant("grid s", TOKENS, 1)
+    planted = plant_heads(plant)
+    factor = 1000.0
+    modality = torch.zeros(1, TOKENS, dtype=torch.int32)
+    scale = planted.query.shape[3] ** -0.5
+    as_is = search_stride(planted.query, planted.key, modality, 0, 1024)
+    scaled = search_stride(planted.query / factor, planted.key, modality, 0, 1024, scale * factor)
+    assert as_is.tolist() == scaled.tolist() == [plant.stride]
