@@ -76,7 +76,8 @@ class HeadPattern:
             Besides, up to `columns` single keys that stand out over all queries.
         "columns": for each query tile its own `columns` single keys, those with the most attention of the tile's mean
             query (as VecAttention).
-        All but "dense" keep the `sink` first keys and each query's nearest key.
+        All but "dense" keep the `sink` first keys and each query's nearest key; in orders by site, the first tile of
+        keys. A cap counts single keys too, but those of "sf_fixed" are listed whatever it is.
     boundary: inter-modality kind (section 3.2). "none" and "k" leave the order alone, "q" groups the queries by
         modality, "2d" groups queries and keys.
     order: how tokens are arranged, so that what a head looks at is contiguous: "raster", "site" (all frames of one

@@ -2,8 +2,7 @@
 
 Conservative by construction: a tile called full has every element allowed, a tile called empty has none.
 Where spans, segments, windows or orders interleave within a tile, the bounds may leave an empty tile called
-non-empty, or
-a full one called partial: it costs a tile's work and no correctness.
+non-empty, or a full one called partial: it costs a tile's work and no correctness.
 """
 
 from collections.abc import Iterator

@@ -28,7 +28,7 @@ class Options:
         `HeadPattern` for every head, a `PatternTable`, or the path of a saved table.
     density: cap on the computed tiles, as a fraction of the causal ones, in (0, 1]. 1.0 computes every
         tile, which is dense attention; None leaves it to the patterns, and to "auto" a fifth.
-    recall: share of each query's attention that estimated patterns ("auto", "top_p") cover, within the cap, in (0, 1];
+    recall: share of the attention of each tile of queries that "auto" and "top_p" cover, within the cap, in (0, 1];
         None leaves it to the patterns: 0.95 where they do not say.
     min_tokens: prefills with fewer keys run dense. At the default an H200 gains from "auto" even where it spends its
         whole cap.
