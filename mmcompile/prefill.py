@@ -136,7 +136,8 @@ def tells_boundaries(module: fx.GraphModule) -> bool:
     """
     bound = bound_boundaries()
     if isinstance(bound, ModalityBoundaries):
-        return bool((bound.grid > 0).any())  # type: ignore[operator]
+        assert bound.grid is not None
+        return bool(bound.grid.gt(0).any())
     values = (fake_value(node) for node in placeholders(module.graph))
     positions = (isinstance(value, torch.Tensor) and is_multimodal_positions(value) for value in values)
     return bound is not None or any(positions)
