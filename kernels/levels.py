@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmcompile.kernels.a_shape import Intervals
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.scene import Rows, each_pair
 from mmcompile.kernels.tile_bounds import TileBounds, least_and_greatest
 from mmcompile.kernels.tile_list import Layout
 
@@ -134,5 +134,5 @@ def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
 
 def latest_slots(rows: Rows, length: int) -> Intervals:
     """The `length` slots up to each query's own, in orders where neighbours in position are not neighbours in slot."""
-    own = torch.stack([rows.scene.own_slot(pair) for pair in rows.pairs], 1).flatten(0, 1).unsqueeze(1)  # [O, 1, Sq]
+    own = each_pair([rows.scene.own_slot(pair) for pair in rows.pairs]).unsqueeze(1)  # [O, 1, Sq]
     return Intervals((own - (length - 1)).clamp(min=0) // TILE, own // TILE)

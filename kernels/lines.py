@@ -7,7 +7,7 @@ from mmcompile.kernels.levels import OwnSites, rings, site_bounds
 from mmcompile.kernels.orders import NO_SITE
 from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern
 from mmcompile.kernels.probes import Probes
-from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.scene import Rows, each_pair
 from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tile_list import Layout
 
@@ -97,7 +97,7 @@ class GridLines:
         of_query = [scene.arrangement.query_site[:, query] for query, _ in rows.pairs]
         of_key = [scene.arrangement.key_site[:, key] for _, key in rows.pairs]
         self.layout = layout
-        self.own = OwnSites(layout, torch.stack(of_query, 1).flatten(0, 1), torch.stack(of_key, 1).flatten(0, 1))
+        self.own = OwnSites(layout, each_pair(of_query), each_pair(of_key))
         self.lines = lines
         self.vertical = torch.full((rows.rows,), NO_SITE, dtype=torch.int64, device=rows.choice.device)
         self.horizontal = self.vertical.clone()

@@ -151,6 +151,11 @@ class HeadPattern:
             for base in bases
         )
 
+    @property
+    def by_site(self) -> tuple[bool, ...]:
+        """Of each of `orders`, whether tokens stand by site or column."""
+        return tuple(key.base != "raster" for _, key in self.orders)
+
     def _order(self, base: str, grouped: bool) -> Order:
         if base == "raster":
             return Order(grouped)

@@ -19,7 +19,7 @@ from mmcompile.kernels.orders import in_tokens, of_keys, token_modality
 from mmcompile.kernels.pair_levels import PairLevels
 from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern, decode, distinct_orders
 from mmcompile.kernels.probes import Measured, Sighting, choose_orders
-from mmcompile.kernels.scene import Pair, Rows, Scene
+from mmcompile.kernels.scene import Pair, Rows, Scene, each_pair
 from mmcompile.kernels.scores import antidiagonal_mass, pooled_mass, sampled_mass
 from mmcompile.kernels.single_keys import LEAST_BLOCK, Columns, block_end_count, block_ends, list_own_keys
 from mmcompile.kernels.tile_bounds import TileBounds, row_chunks, tile_count
@@ -138,7 +138,6 @@ def plan(
         in_tokens(arrangement.key_tags[:, 0], arrangement.key_order[:, 0]),
         of_query,
         of_keys(of_query, key_length, query_offset, 0),
-        query_offset,
         scale,
         window,
         segments,
@@ -183,12 +182,11 @@ def _plan_rows(
     """
     dense = density == 1.0
     estimated = pattern.needs_data and not dense
-    by_site = tuple(key.base != "raster" for _, key in pattern.orders)
     seen: Sighting | None = None
     if pattern.kind == "top_p" and estimated:
-        rows, seen = choose_orders(scene, heads, pairs, by_site, pattern.columns, density)
+        rows, seen = choose_orders(scene, heads, pairs, pattern.by_site, pattern.columns, density)
     else:
-        rows = Rows(scene, heads, pairs[:1], by_site[:1], torch.zeros_like(one.query_row, dtype=torch.int64))
+        rows = Rows(scene, heads, pairs[:1], pattern.by_site[:1], torch.zeros_like(one.query_row, dtype=torch.int64))
     one.query_row.copy_(rows.query_row)
     one.key_row.copy_(rows.key_row)
     layout, shape = _layout(rows, pattern)
@@ -215,8 +213,7 @@ def _plan_rows(
     cut = None if dense else find_cut(layout, wanted.levels, budget, target)
     list_tiles(layout, wanted.levels, cut, None if columns is None else columns.hot_tiles(), counts, tiles)
     if pattern.kind == "columns" and not dense:
-        most = pattern.columns if density is None else _affordable(layout, density, pattern.columns)
-        own = list_own_keys(rows, layout, pattern.columns, most)
+        own = list_own_keys(rows, layout, pattern.columns, _affordable(layout, density, pattern.columns))
         _write(one.columns, own.slots)
         counts[..., 3], counts[..., 4] = own.first, own.counts
     _write(one.counts, counts)
@@ -231,15 +228,15 @@ def _plan_rows(
 def _layout(rows: Rows, pattern: HeadPattern) -> tuple[Layout, AShape]:
     """Where the tokens stand in each pair of orders, and the A-shape there."""
     scene = rows.scene
-    query_tags = torch.stack([scene.arrangement.query_tags[:, query] for query, _ in rows.pairs], 1).flatten(0, 1)
-    key_tags = torch.stack([scene.arrangement.key_tags[:, key] for _, key in rows.pairs], 1).flatten(0, 1)
+    query_tags = each_pair([scene.arrangement.query_tags[:, query] for query, _ in rows.pairs])
+    key_tags = each_pair([scene.arrangement.key_tags[:, key] for _, key in rows.pairs])
     bounds = TileBounds.of(query_tags, key_tags, scene.window, scene.segments, scene.spans)
-    key_slot = torch.stack([scene.key_slot(key) for _, key in rows.pairs], 1).flatten(0, 1)
+    key_slot = each_pair([scene.key_slot(key) for _, key in rows.pairs])
     times = len(rows.pairs)
     modality = scene.key_modality.repeat_interleave(times, 0) if pattern.boundary == "2d" else None
     shape = AShape(query_tags, scene.key_tags.repeat_interleave(times, 0), modality, key_slot)
     sink = pattern.sink
-    if _by_site(pattern):
+    if any(pattern.by_site):
         # The first valid keys stand together there, a tile of them, but not those of each modality or segment.
         sink = 1 if pattern.boundary == "2d" or scene.segments else min(sink, TILE)
     must = Intervals.stack([shape.sink(sink), shape.nearest(bounds.window)])
@@ -291,7 +288,7 @@ def _of_kind(
         case "dense":
             return _Wanted(Rings(layout, None, None))
         case "a_shape" | "tri_shape":
-            may = latest_slots(rows, pattern.local) if _by_site(pattern) else shape.local(pattern.local)
+            may = latest_slots(rows, pattern.local) if any(pattern.by_site) else shape.local(pattern.local)
             if pattern.kind == "tri_shape":
                 may = Intervals.stack([may, shape.everything_for_last(pattern.last)])
             return _Wanted(Rings(layout, may, pattern.local if layout.bounds.spans else None))
@@ -301,12 +298,11 @@ def _of_kind(
             return _Wanted(Rings(layout, shape.since(stride), None), block_ends(rows, stride))
         case "sf_strided":
             arrangement = rows.scene.arrangement
-            query_site = torch.stack([arrangement.query_site[:, query] for query, _ in rows.pairs], 1).flatten(0, 1)
-            key_site = torch.stack([arrangement.key_site[:, key] for _, key in rows.pairs], 1).flatten(0, 1)
+            query_site = each_pair([arrangement.query_site[:, query] for query, _ in rows.pairs])
+            key_site = each_pair([arrangement.key_site[:, key] for _, key in rows.pairs])
             return _Wanted(OwnSites(layout, query_site, key_site))
         case "vertical_slash":
-            most = pattern.vertical if density is None else _affordable(layout, density, pattern.vertical)
-            columns, levels = vertical_slash(rows, layout, pattern, most)
+            columns, levels = vertical_slash(rows, layout, pattern, _affordable(layout, density, pattern.vertical))
             return _Wanted(levels, columns)
         case "grid":
             return _Wanted(GridLines(rows, layout, pattern.lines))
@@ -349,13 +345,11 @@ def _stop_at(levels: MassLevels, layout: Layout, target: Tensor | None) -> None:
         levels.stop_at(cut.of_tile)
 
 
-def _affordable(layout: Layout, density: float, most: int) -> int:
+def _affordable(layout: Layout, density: float | None, most: int) -> int:
     """How many single keys a query tile of mean length can have under a cap, two tiles being mandatory."""
+    if density is None:
+        return most
     return max(1, min(most, int(TILE * (density * layout.shape[2] / 2 - 2))))
-
-
-def _by_site(pattern: HeadPattern) -> bool:
-    return any(key.base != "raster" for _, key in pattern.orders)
 
 
 def _pairs(rows: Sequence[HeadPattern], pattern: HeadPattern) -> tuple[Pair, ...]:

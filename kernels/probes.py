@@ -79,15 +79,14 @@ class Sighting(NamedTuple):
 
     measured: Measured
     columns: Columns | None
-    held: Tensor  # float [N], of the measuring queries' attention outside columns, by the tiles that the others want
 
 
-def look(rows: Rows, columns: int, density: float | None) -> Sighting:
+def look(rows: Rows, columns: int, density: float | None) -> tuple[Sighting, Tensor]:
     """Probe in one pair of orders: find up to `columns` single keys, and see how far probes agree on tiles.
 
     In each probed tile the tiles that some queries attend to most are tried on another: what they share is what a
     tile list can hold. Keys that become columns need no tiles in any order. density: share of the causal tiles that may
-    be computed.
+    be computed. The second result is what they share: float [N], of the trying queries' attention outside columns.
     """
     scene = rows.scene
     probes = Probes.of(rows)
@@ -111,7 +110,7 @@ def look(rows: Rows, columns: int, density: float | None) -> Sighting:
     of_tried = outside[:, choosing:]
     weight = probes.weight * (every[:, choosing:] > float("-inf"))
     held = _mean(tried.gather(-1, wanted).sum(-1), weight * (1.0 - of_tried))
-    return Sighting(Measured(probes.measuring, tried, of_tried, weight), picked, held)
+    return Sighting(Measured(probes.measuring, tried, of_tried, weight), picked), held
 
 
 def choose_orders(
@@ -125,9 +124,9 @@ def choose_orders(
     """For each head the pair of orders in which as many tiles hold the most attention, and what was seen there."""
     none = torch.zeros(scene.batch, len(heads), dtype=torch.int64, device=scene.query_modality.device)
     each = [Rows(scene, heads, (pair,), (site,), none) for pair, site in zip(pairs, by_site, strict=True)]
-    seen = [look(rows, columns, density) for rows in each]
-    held = torch.stack([seen[0].held + RASTER_LEAD, *(one.held for one in seen[1:])])
-    choice = held.argmax(0)  # [N]
+    looks = [look(rows, columns, density) for rows in each]
+    seen, shared = [one for one, _ in looks], [held for _, held in looks]
+    choice = torch.stack([shared[0] + RASTER_LEAD, *shared[1:]]).argmax(0)  # [N]
 
     def chosen(of_pair: list[Tensor]) -> Tensor:
         result = of_pair[0]
@@ -142,7 +141,7 @@ def choose_orders(
             *(chosen(list(part)) for part in zip(*(one.columns for one in seen if one.columns), strict=True))
         )
     rows = Rows(scene, heads, pairs, by_site, choice.unflatten(0, (scene.batch, -1)))
-    return rows, Sighting(measured, picked, chosen([one.held for one in seen]))
+    return rows, Sighting(measured, picked)
 
 
 def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor, tiles: int) -> Tensor:

@@ -11,7 +11,8 @@ from mmcompile.kernels.arrange import Arrangement
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.orders import slots
 from mmcompile.kernels.patterns import MODALITIES, TILE
-from mmcompile.kernels.tile_bounds import tile_count
+from mmcompile.kernels.tags import element_mask
+from mmcompile.kernels.tile_bounds import by_tile, tile_count
 from mmcompile.kernels.tile_mass import SampledRows, column_mass, tile_log_mass
 
 Pair = tuple[int, int]  # a row of the query orders, a row of the key orders
@@ -27,7 +28,6 @@ class Scene:
     key_tags: Tensor  # int32 [B, 3, Sk] in token order
     query_modality: Tensor  # int32 [B, Sq] in token order
     key_modality: Tensor  # int32 [B, Sk]
-    query_offset: int
     scale: float
     window: int | None
     segments: bool
@@ -113,7 +113,12 @@ class Rows(NamedTuple):
 
     def of_pairs(self, of_pair: Sequence[Tensor]) -> Tensor:
         """What is known of each pair, [B, ...] each, for the rows: [N, ...]."""
-        return torch.stack(list(of_pair), 1).flatten(0, 1).index_select(0, self.pair)
+        return each_pair(of_pair).index_select(0, self.pair)
+
+    def last_positions(self) -> Tensor:
+        """The greatest position of each query tile, int32 [N, nQ]."""
+        tags = self.scene.arrangement.query_tags
+        return self.of_pairs([by_tile(tags[:, query, 0], -1).amax(-1) for query, _ in self.pairs])
 
     def own_slots(self) -> Tensor:
         """int64 [N, Sq]."""
@@ -155,12 +160,12 @@ class Rows(NamedTuple):
         query_tags = self._tags_at([scene.arrangement.query_tags[:, query] for query, _ in self.pairs], slot)
         key_tags = self._tags_at([scene.arrangement.key_tags[:, key] for _, key in self.pairs], key_slot.long())
         counts = torch.arange(key_slot.shape[1], device=slot.device) < listed.unsqueeze(1)
-        allowed = self._sampled(slot[:, :1]).allowed(query_tags, key_tags) & counts.unsqueeze(1)
+        allowed = element_mask(query_tags, key_tags, scene.window, scene.segments, scene.spans) & counts.unsqueeze(1)
         return torch.logsumexp(scores.masked_fill_(~allowed, float("-inf")), -1)
 
     def _tags_at(self, of_pair: list[Tensor], slot: Tensor) -> Tensor:
         """Tags [B, 3, S] of each pair, at some slots [N, R] of the rows: [N, 3, R]."""
-        tags = torch.stack(of_pair, 1).flatten(0, 1)  # [B * pairs, 3, S]
+        tags = each_pair(of_pair)  # [B * pairs, 3, S]
         tag = torch.arange(3, device=slot.device).view(1, 3, 1)
         return tags[self.pair.view(-1, 1, 1), tag, slot.unsqueeze(1)]
 
@@ -219,6 +224,11 @@ class Rows(NamedTuple):
             scene.segments,
             scene.spans,
         )
+
+
+def each_pair(of_pair: Sequence[Tensor]) -> Tensor:
+    """What is known of each pair of orders, [B, ...] each, as [B * pairs, ...]: the index of `Rows.pair`."""
+    return torch.stack(list(of_pair), 1).flatten(0, 1)
 
 
 def scattered(tile: Tensor, offset: int) -> Tensor:

@@ -38,8 +38,7 @@ class Columns(NamedTuple):
         if scene.spans:  # later keys may be reached as well
             counts = found.unsqueeze(-1).expand(-1, scene.query_tiles)
         else:
-            last = [by_tile(scene.arrangement.query_tags[:, query, 0], -1).amax(-1) for query, _ in rows.pairs]
-            counts = torch.searchsorted(position, rows.of_pairs(last), right=True, out_int32=True)
+            counts = torch.searchsorted(position, rows.last_positions(), right=True, out_int32=True)
         return cls(listed.int(), found, counts, cold)
 
     def hot_tiles(self) -> Tensor:
@@ -77,6 +76,7 @@ def list_own_keys(rows: Rows, layout: Layout, room: int, most: int) -> OwnKeys:
     keys = scene.key_tags.shape[-1]
     key = rows.keys().float()  # [N, Sk, D]
     key_position = rows.of_pairs([scene.arrangement.key_tags[:, key_row, 0] for _, key_row in rows.pairs])
+    last = rows.last_positions()
     step = max(1, SCORES_AT_ONCE // (count * keys))
     found = min(most, keys)
     listed, counts = [], []
@@ -88,8 +88,7 @@ def list_own_keys(rows: Rows, layout: Layout, room: int, most: int) -> OwnKeys:
         usable = layout.non_empty(part) & ~layout.mandatory(part)
         usable = usable.repeat_interleave(TILE, -1)[..., :keys] & (key_position != INVALID).unsqueeze(1)
         if not scene.spans:
-            last = [by_tile(scene.arrangement.query_tags[:, q, 0], -1).amax(-1)[:, part] for q, _ in rows.pairs]
-            usable &= key_position.unsqueeze(1) <= rows.of_pairs(last).unsqueeze(-1)
+            usable &= key_position.unsqueeze(1) <= last[:, part, None]
         best = scores.masked_fill_(~usable, float("-inf")).topk(found, -1)
         listed.append(torch.nn.functional.pad(best.indices.int(), (0, room - found)))
         counts.append((best.values > float("-inf")).sum(-1, dtype=torch.int32))

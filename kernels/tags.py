@@ -55,3 +55,20 @@ def key_tags(
 def in_slots(tags: Tensor, order: Tensor) -> Tensor:
     """Tags [B, 3, S] in token order, moved to the slots of `order` (int32 [B, S], slot -> position)."""
     return tags.gather(-1, order.long().unsqueeze(1).expand_as(tags))
+
+
+def element_mask(query_tags: Tensor, key_tags: Tensor, window: int | None, segments: bool, spans: bool) -> Tensor:
+    """Which keys queries may use. query_tags: int32 [..., 3, Q], key_tags: int32 [..., 3, K]. bool [..., Q, K].
+
+    window: keys or None. segments, spans: whether the mask has such parts.
+    """
+    q_position, q_segment, q_span = query_tags.unsqueeze(-1).unbind(-3)
+    k_position, k_segment, k_span = key_tags.unsqueeze(-2).unbind(-3)
+    allowed = k_position <= q_position
+    if spans:
+        allowed = allowed | ((k_span == q_span) & (q_span >= 0))
+    if window is not None:
+        allowed = allowed & (k_position > q_position - window)
+    if segments:
+        allowed = allowed & (k_segment == q_segment)
+    return allowed

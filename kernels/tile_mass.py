@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import MAX_TOKENS, TILE
+from mmcompile.kernels.tags import element_mask
 from mmcompile.kernels.tile_bounds import tile_count
 
 # One block of scores on the CPU: 16 MiB in float32, and a few temporaries as large.
@@ -89,17 +90,8 @@ class SampledRows(NamedTuple):
         )
 
     def allowed(self, query_tags: Tensor, key_tags: Tensor) -> Tensor:
-        """The element mask. query_tags: [..., 3, R], key_tags: [..., 3, K]. Returns bool [..., R, K]."""
-        q_position, q_segment, q_span = query_tags.unsqueeze(-1).unbind(-3)
-        k_position, k_segment, k_span = key_tags.unsqueeze(-2).unbind(-3)
-        allowed = k_position <= q_position
-        if self.spans:
-            allowed |= (k_span == q_span) & (q_span >= 0)
-        if self.window is not None:
-            allowed &= k_position > q_position - self.window
-        if self.segments:
-            allowed &= k_segment == q_segment
-        return allowed
+        """The element mask of some queries and keys: [..., 3, Q] and [..., 3, K] to bool [..., Q, K]."""
+        return element_mask(query_tags, key_tags, self.window, self.segments, self.spans)
 
 
 def tile_log_mass(sampled: SampledRows, cold: Tensor | None = None) -> Tensor:

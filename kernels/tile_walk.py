@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mmcompile.kernels.tags import element_mask
+
 
 class TileWalk(NamedTuple):
     """Which tiles and single keys each head attends to, and the element mask inside them.
@@ -34,17 +36,5 @@ class TileWalk(NamedTuple):
     spans: bool
 
     def allowed(self, query_tags: Tensor, key_tags: Tensor) -> Tensor:
-        """The element mask of some queries and keys, tiles aside.
-
-        query_tags: [..., 3, Q], key_tags: [..., 3, K]. Returns bool [..., Q, K].
-        """
-        q_position, q_segment, q_span = query_tags.unsqueeze(-1).unbind(-3)
-        k_position, k_segment, k_span = key_tags.unsqueeze(-2).unbind(-3)
-        allowed = k_position <= q_position
-        if self.spans:
-            allowed = allowed | ((k_span == q_span) & (q_span >= 0))
-        if self.window is not None:
-            allowed = allowed & (k_position > q_position - self.window)
-        if self.segments:
-            allowed = allowed & (k_segment == q_segment)
-        return allowed
+        """The element mask of some queries and keys: [..., 3, Q] and [..., 3, K] to bool [..., Q, K]."""
+        return element_mask(query_tags, key_tags, self.window, self.segments, self.spans)

@@ -10,7 +10,6 @@ MMCOMPILE_PLANTS=200 draws as many plants of each kind instead of 10, MMCOMPILE_
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -103,30 +102,19 @@ def find(kind: str, seed: int) -> Found:
     return Found(seed, float(planned.density[0, 0]), cap, float(computed.sum() / held.sum()))
 
 
-def plants(kind: str) -> list[Found]:
-    return [find(kind, seed) for seed in range(PLANTS)]
+# Kinds that miss the target, and the share of plants in which they do reach it.
+_MISSED = {
+    "grid h": 0.7,  # a few queries look at all keys alike, and no sampled query need be one of them
+    "grid h+v": 0.8,
+    "q": 0.8,  # keys that text alone looks at stand out in few of the sampled queries
+}
 
 
-def share_found(kind: str, recalls: list[float]) -> None:
-    good = sum(recall >= NEEDED for recall in recalls) / len(recalls)
-    report = "\n".join(map(str, plants(kind)))
-    summary = f"{kind}: {good:.2f} of the plants, mean recall {sum(recalls) / len(recalls):.4f}"
-    print(summary)
-    assert good >= OF_PLANTS, f"{summary}\n{report}"
-
-
-def kinds(missed: dict[str, str]) -> list[Any]:
-    """All kinds, those that are known to miss the target, by little, with their reason. Other plants may reach it."""
-    return [
-        pytest.param(kind, marks=pytest.mark.xfail(reason=missed[kind], strict=False)) if kind in missed else kind
-        for kind in PLANT_KINDS
-    ]
-
-
-_EVEN = "a few queries look at all keys alike, and no sampled query need be one of them"
-_LITTLE = "0.98 to 0.99 in two plants: keys that text alone looks at stand out in few of the sampled queries"
-
-
-@pytest.mark.parametrize("kind", kinds({"grid h": _EVEN, "grid h+v": _EVEN, "q": _LITTLE}))
+@pytest.mark.parametrize("kind", PLANT_KINDS)
 def test_recall_of_the_planted_mass(kind):
-    share_found(kind, [found.recall for found in plants(kind)])
+    plants = [find(kind, seed) for seed in range(PLANTS)]
+    good = sum(found.recall >= NEEDED for found in plants) / PLANTS
+    mean = sum(found.recall for found in plants) / PLANTS
+    summary = f"{kind}: {good:.2f} of the plants, mean recall {mean:.4f}\n" + "\n".join(map(str, plants))
+    assert good >= _MISSED.get(kind, OF_PLANTS), summary
+    assert mean >= NEEDED, summary
