@@ -147,7 +147,9 @@ def _(
     query_offset, scale, window, segments, spans, patterns, heads, density, recall, min_tokens,
 ):  # fmt: skip
     batch, _, query_length = query_order.shape
-    shapes = planning.plan_shapes(batch, query_length, key_order.shape[2], patterns, density)
+    shapes = planning.plan_shapes(
+        batch, query_length, key_order.shape[2], query_offset, spans, patterns, density
+    )
     *lists, cold = shapes
     lists = [query_order.new_empty(shape) for shape in lists]
     stats = [query_order.new_empty(shapes[0], dtype=torch.float32) for _ in range(2)]

@@ -56,14 +56,17 @@ def plan_shapes(
     batch: int | SymInt,
     query_length: int | SymInt,
     key_length: int | SymInt,
+    query_offset: int | SymInt,
+    spans: bool,
     patterns: str,
     density: float | None,
 ) -> tuple[tuple[int | SymInt, ...], ...]:
-    """The shapes of a `TilePlan`, in its order. Lengths may be symbolic."""
+    """The shapes of a `TilePlan`, in its order. Arguments as of `plan`; lengths and the offset may be symbolic."""
     heads = decode(patterns)
     query_tiles, key_tiles = tile_count(query_length), tile_count(key_length)
     columns = _column_room(heads, query_tiles, key_length, density)
-    tiles = _tile_room(heads, query_tiles, key_tiles, density)
+    seen = key_tiles if spans else query_offset // TILE + 2  # of the keys, by the first query tile
+    tiles = _tile_room(heads, query_tiles, key_tiles, seen, density)
     return (
         (batch, len(heads)),
         (batch, len(heads)),
@@ -78,12 +81,14 @@ def empty_plan(
     batch: int | SymInt,
     query_length: int | SymInt,
     key_length: int | SymInt,
+    query_offset: int | SymInt,
+    spans: bool,
     patterns: str,
     density: float | None,
     device: torch.device,
 ) -> TilePlan:
-    """An uninitialised, contiguous plan. Lengths may be symbolic."""
-    *shapes, cold = plan_shapes(batch, query_length, key_length, patterns, density)
+    """An uninitialised, contiguous plan."""
+    *shapes, cold = plan_shapes(batch, query_length, key_length, query_offset, spans, patterns, density)
     lists = [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
     return TilePlan(*lists, torch.empty(cold, dtype=torch.bool, device=device))  # type: ignore[call-arg]
 
@@ -122,11 +127,11 @@ def plan(
     Raises ValueError naming the argument, its value, and what would be right.
     """
     rows = decode(patterns)
-    _require(rows, heads, query, key, window, density, recall)
     batch, _, query_length = arrangement.query_order.shape
     key_length = arrangement.key_order.shape[2]
+    _require(rows, heads, query, key, window, density, recall)
     device = arrangement.query_order.device
-    result = empty_plan(batch, query_length, key_length, patterns, density, device)
+    result = empty_plan(batch, query_length, key_length, query_offset, spans, patterns, density, device)
     stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
     if key_length < min_tokens:
         return _without_tiles(result), stats
@@ -398,14 +403,23 @@ def _column_room(
 
 
 def _tile_room(
-    patterns: Sequence[HeadPattern], query_tiles: int | SymInt, key_tiles: int | SymInt, density: float | None
+    patterns: Sequence[HeadPattern],
+    query_tiles: int | SymInt,
+    key_tiles: int | SymInt,
+    seen: int | SymInt,
+    density: float | None,
 ) -> int | SymInt:
-    """Entries of a plan row's tile list: all tiles, or what the cap and the mandatory tiles can be at most."""
+    """Entries of a plan row's tile list: all tiles, or what the cap and the mandatory tiles can be at most.
+
+    seen: key tiles that hold all that the first query tile may see; each query tile sees one more than the one before.
+    """
     every = query_tiles * key_tiles
     if density is None or density == 1.0:
         return every
+    unseen = torch.sym_min(torch.sym_max(key_tiles - seen, 0), query_tiles)
     sink = max(pattern.sink // TILE for pattern in patterns) * MODALITIES
-    return every * math.ceil(density * 2**16) // 2**16 + query_tiles * (MANDATORY_TILES + sink)
+    causal = torch.sym_max(every - unseen * (unseen + 1) // 2, 0)  # never negative, which a tracer cannot know
+    return causal * math.ceil(density * 2**16) // 2**16 + query_tiles * (MANDATORY_TILES + sink)
 
 
 def _without_tiles(result: TilePlan) -> TilePlan:
