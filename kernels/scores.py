@@ -19,15 +19,12 @@ ANTIDIAGONAL = 16  # queries and keys of one antidiagonal (XAttention's stride)
 def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, ...]:
     """Query slots that stand for each tile. tile: int64 [N, R], query tiles. Returns int64 [N, R] for each sample.
 
-    The first of the tile: in raster order a slanted line enters the tile's keys there; by site, its earlier keys may
-    stand in other tiles. The last in raster order, where a slanted line leaves, and by site another in the second half.
-    And one between, others from tile to tile.
+    The first and the last: in raster order a slanted line enters the tile's keys at one and leaves them at the other;
+    by site, where a tile holds queries of two sites, each has one of them. And one between, others from tile to tile.
     """
-    by_site = of.of_pairs([torch.full_like(of.choice[:, 0], site) for site in of.by_site]).bool().unsqueeze(-1)
     last = of.scene.query_modality.shape[1] - 1
-    second = torch.where(by_site, scattered(tile, TILE // 2), tile * TILE + TILE - 1)
-    third = scattered(tile, TILE // 4)
-    return (tile * TILE).clamp(max=last), second.clamp(max=last), third.clamp(max=last)
+    slots = tile * TILE, tile * TILE + TILE - 1, scattered(tile, TILE // 4)
+    return tuple(slot.clamp(max=last) for slot in slots)
 
 
 def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor]:

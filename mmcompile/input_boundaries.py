@@ -25,9 +25,9 @@ def boundary_tensors_of(config: Any, inputs: dict[str, Any]) -> BoundaryTensors 
     types, ids, positions = (inputs.get(name) for name in ("mm_token_type_ids", "input_ids", "position_ids"))
     if isinstance(types, torch.Tensor) and types.dim() == 2:
         token_modality = types.to(torch.int32)
-    elif isinstance(ids, torch.Tensor) and ids.dim() == 2 and _placeholder_ids(config):
+    elif isinstance(ids, torch.Tensor) and ids.dim() == 2 and placeholder_ids(config):
         token_modality = torch.zeros_like(ids, dtype=torch.int32)
-        for kind, token_id in _placeholder_ids(config).items():
+        for kind, token_id in placeholder_ids(config).items():
             token_modality = torch.where(ids == token_id, kind, token_modality)
     elif isinstance(positions, torch.Tensor) and is_multimodal_positions(positions):
         return boundaries_from_positions(positions)
@@ -43,7 +43,8 @@ def boundary_tensors_of(config: Any, inputs: dict[str, Any]) -> BoundaryTensors 
     return BoundaryTensors(offsets, modality, grid)
 
 
-def _placeholder_ids(config: Any) -> dict[int, int]:
+def placeholder_ids(config: Any) -> dict[int, int]:
+    """The token ids that stand for the features of each modality, from a model's config; empty where it names none."""
     names = {
         IMAGE: ("image_token_id", "image_token_index"),
         VIDEO: ("video_token_id", "video_token_index"),

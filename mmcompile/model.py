@@ -1,55 +1,151 @@
-"""Compile a model in place, with the boundaries of every call taken from its own inputs."""
+"""Compile a model in place, with its encoders run first and the boundaries of every call taken from its own inputs."""
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from mmcompile.backend import mminference
+from mmcompile.encode_first import EncodeFirst, checks_done, encodes_first
+from mmcompile.errors import OptionError
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
 from mmcompile.options import Options
 
+log = logging.getLogger(__name__)
 
-def compile(model: nn.Module, **options: Any) -> nn.Module:
+_TORCH_NAMES = ("fullgraph", "dynamic", "mode")
+
+
+def compile(
+    model: nn.Module,
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    **options: Any,
+) -> nn.Module:
     """Compile `model` in place with the "mminference" backend and return it.
 
-    Does what `model.compile(backend="mminference", options=options)` does, and besides reads each call's
-    modality boundaries from its inputs (`mm_token_type_ids`, or `input_ids` and the config's placeholder ids,
-    or multimodal `position_ids`, with the grids of images and videos). Boundaries given through `bind` come
-    first. `model.generate(...)` prefills through it.
+    Does what `model.compile(backend="mminference", options=options)` does, and for each prefill two things before it:
 
-    Raises OptionError at once for an option that is unknown or out of range.
+    - The encoders of images and videos run, and multimodal rotary positions are made, as `generate` of transformers
+      does it. The rest then traces as one graph in nearly every family. The encoders themselves run as they are;
+      they may be compiled by themselves. Where a model has no such way, its forward is compiled as it stands.
+    - The prompt's modality boundaries are read from its inputs (`mm_token_type_ids`, or `input_ids` and the config's
+      placeholder ids, or multimodal `position_ids`, with the grids of images and videos). Those given through
+      `mmcompile.bind` come first.
+
+    A prompt whose placeholder tokens and features differ in number runs uncompiled: the model's own error says so.
+    `model.generate(...)` prefills through what is compiled. Compiling again replaces the options. `copy.deepcopy` and
+    pickling take the model without what was compiled: compile the copy. Training runs, with dense attention.
+
+    Args:
+        model: compiled in place.
+        fullgraph: raise where Dynamo would break the graph, as in `torch.compile`.
+        dynamic: whether sizes are symbols from the first call on, as in `torch.compile`.
+        mode: Inductor's mode, as in `torch.compile`.
+        options: the fields of `Options`.
+
+    Raises:
+        OptionError: at once, for a name that is unknown (with the nearest known one) or a value out of range.
+        TypeError: `model` is no `torch.nn.Module`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
-    model.compile(backend="mminference", options=dict(vars(Options.parse(options))))
+    parsed = _parse(options)
+    _check_mode(mode, parsed.inner)
+    backend = _Backend(parsed, mode)
+    model.compile(backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     compiled: Callable[..., Any] = model._compiled_call_impl  # type: ignore[assignment]  # set by the line above
-    config = getattr(model, "config", None)
-    signature = inspect.signature(model.forward)
-
-    @functools.wraps(compiled)
-    def call_with_boundaries(*args: Any, **kwargs: Any) -> Any:
-        if bound_boundaries() is not None:
-            return compiled(*args, **kwargs)
-        inputs = signature.bind_partial(*args, **kwargs).arguments
-        inputs |= inputs.pop("kwargs", {})
-        if _is_decode_step(inputs):
-            return compiled(*args, **kwargs)
-        boundaries = boundary_tensors_of(config, inputs)
-        if boundaries is None:
-            return compiled(*args, **kwargs)
-        with bind(boundaries):
-            return compiled(*args, **kwargs)
-
-    model._compiled_call_impl = call_with_boundaries
+    model._compiled_call_impl = _with_prefill_steps(model, compiled)
     return model
 
 
-def _is_decode_step(inputs: dict[str, Any]) -> bool:
-    """One token a sequence: attention stays dense, and reading boundaries would cost time at every token."""
+@dataclass(frozen=True)
+class _Backend:
+    """The backend with its options. Equal ones are one to Dynamo, so that compiling twice compiles nothing again."""
+
+    options: Options
+    mode: str | None
+    __name__ = "mminference"  # what Dynamo calls it
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return mminference(module, example_inputs, options=self.options, mode=self.mode)
+
+
+def _parse(options: Mapping[str, Any]) -> Options:
+    if "backend" in options or "options" in options:
+        raise OptionError(
+            'the backend is always "mminference"; its options are keyword arguments of their own, and inner="..." names '
+            "the backend that compiles the rewritten graph"
+        )
+    known = [*(field.name for field in fields(Options)), *_TORCH_NAMES]
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise OptionError(f"unknown option {name!r}; did you mean {nearest!r}? Options are: {', '.join(known)}")
+    return Options.parse(options)
+
+
+def _check_mode(mode: str | None, inner: str) -> None:
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise OptionError(f"mode={mode!r}: must be one of {', '.join(modes)}, or None")
+    if mode not in (None, "default") and inner != "inductor":
+        raise OptionError(f'mode={mode!r}: only inner="inductor" has modes, not {inner!r}')
+
+
+def _with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled call, with what comes before a prefill; decode steps go straight to it."""
+    config = getattr(model, "config", None)
+    signature = inspect.signature(model.forward)
+    encode = EncodeFirst(model) if encodes_first(model) else None
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inputs = None if torch.compiler.is_dynamo_compiling() else _by_name(signature, args, kwargs)
+        if inputs is None or _is_decode_step(inputs):
+            return compiled(*args, **kwargs)
+        with ExitStack() as stack:
+            if encode is not None:
+                args, (kwargs, fits) = (), encode(inputs)
+                if fits is False:
+                    log.warning("placeholder tokens and features differ in number: this call runs uncompiled")
+                    return model._call_impl(**kwargs)
+                if fits:
+                    stack.enter_context(checks_done())
+                inputs["position_ids"] = kwargs.get("position_ids")
+            if bound_boundaries() is None and (boundaries := boundary_tensors_of(config, inputs)) is not None:
+                stack.enter_context(bind(boundaries))
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """A call's arguments by their names; None where they do not fit, which the call itself says best."""
+    try:
+        inputs = dict(signature.bind_partial(*args, **kwargs).arguments)
+    except TypeError:
+        return None
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            inputs |= inputs.pop(parameter.name, {})
+    return inputs
+
+
+def _is_decode_step(inputs: Mapping[str, Any]) -> bool:
+    """One token a sequence: attention stays dense, and what precedes a prefill would cost time at every token."""
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs.get("inputs_embeds")
