@@ -148,7 +148,7 @@ def _(
 ):  # fmt: skip
     batch, _, query_length = query_order.shape
     shapes = planning.plan_shapes(
-        batch, query_length, key_order.shape[2], query_offset, spans, patterns, density
+        batch, query_length, key_order.shape[2], query_offset, segments, spans, patterns, density
     )
     *lists, cold = shapes
     lists = [query_order.new_empty(shape) for shape in lists]

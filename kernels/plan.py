@@ -25,8 +25,7 @@ from mmcompile.kernels.single_keys import LEAST_BLOCK, Columns, block_end_count,
 from mmcompile.kernels.tile_bounds import TileBounds, row_chunks, tile_count
 from mmcompile.kernels.tile_list import Layout, Levels, find_cut, list_tiles
 
-MANDATORY_TILES = 3 * TILE  # of a query tile: each query's nearest key, and where its sink starts and ends
-LEVELS_AT_ONCE = 2**27  # tiles of the plan rows that are estimated together: 256 MiB of levels
+LEVELS_AT_ONCE = 2**26  # tiles of the plan rows that are estimated together: 128 MiB of levels
 
 
 class TilePlan(NamedTuple):
@@ -57,6 +56,7 @@ def plan_shapes(
     query_length: int | SymInt,
     key_length: int | SymInt,
     query_offset: int | SymInt,
+    segments: bool,
     spans: bool,
     patterns: str,
     density: float | None,
@@ -66,7 +66,7 @@ def plan_shapes(
     query_tiles, key_tiles = tile_count(query_length), tile_count(key_length)
     columns = _column_room(heads, query_tiles, key_length, density)
     seen = key_tiles if spans else query_offset // TILE + 2  # of the keys, by the first query tile
-    tiles = _tile_room(heads, query_tiles, key_tiles, seen, density)
+    tiles = _tile_room(heads, query_tiles, key_tiles, seen, segments, density)
     return (
         (batch, len(heads)),
         (batch, len(heads)),
@@ -82,13 +82,14 @@ def empty_plan(
     query_length: int | SymInt,
     key_length: int | SymInt,
     query_offset: int | SymInt,
+    segments: bool,
     spans: bool,
     patterns: str,
     density: float | None,
     device: torch.device,
 ) -> TilePlan:
     """An uninitialised, contiguous plan."""
-    *shapes, cold = plan_shapes(batch, query_length, key_length, query_offset, spans, patterns, density)
+    *shapes, cold = plan_shapes(batch, query_length, key_length, query_offset, segments, spans, patterns, density)
     lists = [torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes]
     return TilePlan(*lists, torch.empty(cold, dtype=torch.bool, device=device))  # type: ignore[call-arg]
 
@@ -131,7 +132,7 @@ def plan(
     key_length = arrangement.key_order.shape[2]
     _require(rows, heads, query, key, window, density, recall)
     device = arrangement.query_order.device
-    result = empty_plan(batch, query_length, key_length, query_offset, spans, patterns, density, device)
+    result = empty_plan(batch, query_length, key_length, query_offset, segments, spans, patterns, density, device)
     stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
     if key_length < min_tokens:
         return _without_tiles(result), stats
@@ -407,6 +408,7 @@ def _tile_room(
     query_tiles: int | SymInt,
     key_tiles: int | SymInt,
     seen: int | SymInt,
+    segments: bool,
     density: float | None,
 ) -> int | SymInt:
     """Entries of a plan row's tile list: all tiles, or what the cap and the mandatory tiles can be at most.
@@ -417,9 +419,12 @@ def _tile_room(
     if density is None or density == 1.0:
         return every
     unseen = torch.sym_min(torch.sym_max(key_tiles - seen, 0), query_tiles)
-    sink = max(pattern.sink // TILE for pattern in patterns) * MODALITIES
+    # Each of a tile's queries may have another nearest key; and where it counts keys from a start of its own, in its
+    # segment or in a modality, its sink may start and end in tiles of its own.
+    starts = TILE if segments or any(pattern.boundary == "2d" for pattern in patterns) else 1
+    mandatory = TILE + 2 * starts + max(pattern.sink // TILE for pattern in patterns) * MODALITIES
     causal = torch.sym_max(every - unseen * (unseen + 1) // 2, 0)  # never negative, which a tracer cannot know
-    return causal * math.ceil(density * 2**16) // 2**16 + query_tiles * (MANDATORY_TILES + sink)
+    return causal * math.ceil(density * 2**16) // 2**16 + query_tiles * mandatory
 
 
 def _without_tiles(result: TilePlan) -> TilePlan:

@@ -133,6 +133,43 @@ def explain(
     )
 
 
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")],
+    tiny: Annotated[
+        bool, typer.Option(help="Two layers of the same kind with random weights, from the config alone.")
+    ] = True,
+    way: Annotated[list[str] | None, typer.Option(help="torch.compile, mmcompile.compile, text model.")] = None,
+    inner: Annotated[str, typer.Option(help="What compiles the rewritten graphs: eager, inductor.")] = "eager",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything found here too.")] = None,
+) -> None:
+    """Check that a model is served: right with every tile, nothing compiled twice, and what becomes sparse.
+
+    Example: [bold]python -m mmcompile doctor --model ./my-model --json doctor.json[/bold]
+    """
+    from mmcompile.doctor import CHECKS, WAYS, Doctor
+    from mmcompile.doctor_prompts import make_prompts
+    from mmcompile.huggingface import load_model
+    from mmcompile.tiny_config import load_config, tiny_model
+
+    ways = tuple(way or WAYS)
+    with _steps(2 + len(ways) * len(CHECKS)) as step:
+        step(f"load {model}")
+        patient = tiny_model(load_config(model)) if tiny else load_model(model)
+        step("make prompts")
+        made = make_prompts(patient, model)
+        diagnosis = Doctor(patient, made.prompts, inner=inner).diagnose(ways, step=step)
+    out.print(diagnosis)
+    out.print(f"prompts: {made.told}", highlight=False, markup=False)
+    if json_path is not None:
+        _write(
+            json_path, json.dumps({"model": model, "tiny": tiny, "prompts": made.told} | diagnosis.to_dict(), indent=2)
+        )
+    out.print(diagnosis.advice(), highlight=False)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def _steps(total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar of named steps on stderr; the yielded function begins the next one."""

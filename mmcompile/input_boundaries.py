@@ -46,7 +46,7 @@ def boundary_tensors_of(config: Any, inputs: dict[str, Any]) -> BoundaryTensors 
 def placeholder_ids(config: Any) -> dict[int, int]:
     """The token ids that stand for the features of each modality, from a model's config; empty where it names none."""
     names = {
-        IMAGE: ("image_token_id", "image_token_index"),
+        IMAGE: ("image_token_id", "image_token_index", "image_patch_id"),
         VIDEO: ("video_token_id", "video_token_index"),
         AUDIO: ("audio_token_id", "audio_token_index"),
     }

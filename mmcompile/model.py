@@ -4,16 +4,17 @@ import difflib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import transformers.utils
 from torch import fx, nn
 
 from mmcompile.backend import mminference
-from mmcompile.encode_first import EncodeFirst, checks_done, encodes_first
+from mmcompile.encode_first import EncodeFirst, encodes_first
 from mmcompile.errors import OptionError
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
@@ -22,6 +23,9 @@ from mmcompile.options import Options
 log = logging.getLogger(__name__)
 
 _TORCH_NAMES = ("fullgraph", "dynamic", "mode")
+# Prefill and decode, with and without padding, cache, beams and chunks are graphs of their own; past torch's limit of 8
+# all of them would run uncompiled, and with a mask of queries x keys.
+_MOST_GRAPHS = 64
 
 
 def compile(
@@ -111,23 +115,40 @@ def _with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Calla
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
-        inputs = None if torch.compiler.is_dynamo_compiling() else _by_name(signature, args, kwargs)
-        if inputs is None or _is_decode_step(inputs):
+        if torch.compiler.is_dynamo_compiling():
             return compiled(*args, **kwargs)
-        with ExitStack() as stack:
-            if encode is not None:
-                args, (kwargs, fits) = (), encode(inputs)
-                if fits is False:
-                    log.warning("placeholder tokens and features differ in number: this call runs uncompiled")
-                    return model._call_impl(**kwargs)
-                if fits:
-                    stack.enter_context(checks_done())
-                inputs["position_ids"] = kwargs.get("position_ids")
-            if bound_boundaries() is None and (boundaries := boundary_tensors_of(config, inputs)) is not None:
-                stack.enter_context(bind(boundaries))
+        inputs = _by_name(signature, args, kwargs)
+        if inputs is None or _is_decode_step(inputs):
+            with _tracing():
+                return compiled(*args, **kwargs)
+        fits = None
+        if encode is not None:
+            args, (kwargs, fits) = (), encode(inputs)
+            inputs["position_ids"] = kwargs.get("position_ids")
+        if fits is False:
+            log.warning("placeholder tokens and features differ in number: this call runs uncompiled")
+            return model._call_impl(**kwargs)
+        boundaries = boundary_tensors_of(config, inputs) if bound_boundaries() is None else None
+        with _tracing(without_checks=bool(fits)), nullcontext() if boundaries is None else bind(boundaries):
             return compiled(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def _tracing(*, without_checks: bool = False) -> Iterator[None]:
+    """How Dynamo traces inside the `with` block of this thread.
+
+    without_checks: leave out transformers' checks that features and placeholder tokens agree, each of which breaks the
+    graph and waits for the device. Where torch or transformers lack the means, they stay.
+    """
+    config: Any = torch._dynamo.config
+    settings: dict[str, Any] = {"recompile_limit": max(config.recompile_limit, _MOST_GRAPHS)}
+    check = getattr(transformers.utils, "torch_compilable_check", None) if without_checks else None
+    if check is not None and hasattr(config, "ignore_logging_functions"):
+        settings["ignore_logging_functions"] = {*config.ignore_logging_functions, check}
+    with config.patch(settings):
+        yield
 
 
 def _by_name(

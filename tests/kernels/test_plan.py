@@ -61,7 +61,8 @@ def test_each_row_names_its_orders_and_their_tags_say_exactly_what_is_allowed(ca
 def test_tile_lists_follow_each_other_full_tiles_in_front_and_nothing_twice(case: PlanCase, cap: float | None) -> None:
     made = case.plan(cap)
     sizes = case.batch, case.query_length, case.key_length, case.query_offset
-    shapes = plan_shapes(*sizes, case.spans is not None, encode(made.rows.patterns), cap)
+    masks = case.segments is not None, case.spans is not None
+    shapes = plan_shapes(*sizes, *masks, encode(made.rows.patterns), cap)
     assert [tuple(part.shape) for part in made.plan] == list(shapes)
     assert [part.dtype for part in made.plan] == [torch.int32] * 5 + [torch.bool]
     assert all(part.is_contiguous() for part in made.plan)
@@ -328,7 +329,6 @@ def test_each_row_is_planned_as_if_it_were_alone(case: PlanCase, cap: float | No
 def test_nothing_is_written_outside_the_room_and_what_is_listed_is_right(case: PlanCase, room: int) -> None:
     whole, cap = case.plan(0.5), 0.5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "MANDATORY_TILES", 0)
         patch.setattr(planning, "_tile_room", lambda *_: room)
         made = case.plan(cap)
     assert made.plan.tiles.shape[2] == room
@@ -505,7 +505,7 @@ def test_a_million_tokens_need_no_host_value_and_no_huge_temporary(cap: float | 
         made, stats = plan(None, None, arrangement, *boundaries, 0, 1.0, 4096, True, True, encode(patterns),
                            [-1] * 3, cap, None, 0)  # fmt: skip
         assert stats.density.shape == (1, 3)
-    assert [tuple(part.shape) for part in made] == list(plan_shapes(1, length, length, 0, True, encode(patterns), cap))
+    assert [tuple(part.shape) for part in made] == list(plan_shapes(1, length, length, 0, True, True, encode(patterns), cap))
     assert made.columns.shape == (1, 3, length // 64 + 1) and made.cold.shape == (1, 3, length)
     # The result itself, or int64 values of the tiles classified at once, and little more for the ends of lists.
     assert largest.bytes <= max(made.tiles.numel() * 4, tile_bounds.CHUNK * 8 * 17 // 16)
@@ -513,16 +513,16 @@ def test_a_million_tokens_need_no_host_value_and_no_huge_temporary(cap: float | 
 
 def test_a_capped_list_has_no_room_for_every_tile() -> None:
     patterns = encode([HeadPattern()])
-    every, capped, _ = (plan_shapes(1, 2**20, 2**20, 0, False, patterns, cap)[3] for cap in (None, 0.05, 1.0))
+    every, capped, _ = (plan_shapes(1, 2**20, 2**20, 0, False, False, patterns, cap)[3] for cap in (None, 0.05, 1.0))
     assert every == (1, 1, 2**26)
-    assert capped[2] < 0.05 / 2 * every[2] + 4 * TILE * 2**13
-    assert plan_shapes(1, 2**20, 2**20, 0, True, patterns, 0.05)[3][2] > 0.05 * every[2]  # a span may hold everything
+    assert capped[2] < 0.05 / 2 * every[2] + 2 * TILE * 2**13
+    assert plan_shapes(1, 2**20, 2**20, 0, False, True, patterns, 0.05)[3][2] > 0.05 * every[2]  # a span may hold everything
 
 
 @given(st.integers(1, 2000), st.integers(0, 2000), st.integers(-300, 2000))
 def test_a_capped_list_has_room_for_all_causal_tiles(queries: int, before: int, after: int) -> None:
     keys = max(1, before + queries + after)
-    room = plan_shapes(1, queries, keys, before, False, encode([HeadPattern()]), 1 - 2**-16)[3][2]
+    room = plan_shapes(1, queries, keys, before, False, False, encode([HeadPattern()]), 1 - 2**-16)[3][2]
     last = np.minimum(np.arange(0, queries, TILE) + TILE - 1, queries - 1) + before
     assert room >= (np.minimum(last, keys - 1) // TILE + 1).sum()
 
@@ -533,9 +533,9 @@ def test_shapes_may_be_symbolic(length: int, cap: float | None) -> None:
     real, patterns = torch.zeros(2, length), encode([HeadPattern("sf_fixed"), HeadPattern("vertical_slash")])
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         batch, tokens = mode.from_tensor(real, static_shapes=False).shape
-        made = empty_plan(batch, tokens, tokens, 0, False, patterns, cap, torch.device("cpu"))
+        made = empty_plan(batch, tokens, tokens, 0, False, False, patterns, cap, torch.device("cpu"))
     assert isinstance(made.tiles.shape[2], torch.SymInt) and isinstance(made.columns.shape[2], torch.SymInt)
-    expected = plan_shapes(2, length, length, 0, False, patterns, cap)
+    expected = plan_shapes(2, length, length, 0, False, False, patterns, cap)
     assert [tuple(map(int, part.shape)) for part in made] == list(expected)
 
 
