@@ -6,13 +6,12 @@ from torch import Tensor
 from mmcompile.kernels.levels import OwnSites, rings, site_bounds
 from mmcompile.kernels.orders import NO_SITE
 from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern
-from mmcompile.kernels.probes import Probes
+from mmcompile.kernels.probes import HORIZONTAL, Probes
 from mmcompile.kernels.scene import Rows, each_pair
 from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tile_list import Layout
 
 LAST_QUERIES = 64
-HORIZONTAL = 0.5  # share of its attention that a query must put outside the other lines for its site to see everything
 
 
 def last_slots(rows: Rows, grouped: bool) -> Tensor:

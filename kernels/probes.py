@@ -21,6 +21,9 @@ NEAR_TILES = 2  # the own tile of a query and the one before, which no single ke
 RASTER_LEAD = 0.02  # another order must hold so much more attention than the first
 HOT = 16.0  # times an even share of the attention
 UNCAPPED = 0.1  # share of the tiles at which orders are compared where no cap is given
+HORIZONTAL = 0.5  # share of its attention that a query must put outside other lines for its site to see everything
+SEARCHED = 256  # query tiles in which horizontal lines are looked for
+SPREAD_OUT = 4.0  # times an even share of the attention: what a tile holds less of is not worth listing by itself
 
 
 class Probes(NamedTuple):
@@ -126,6 +129,9 @@ def choose_orders(
     each = [Rows(scene, heads, (pair,), (site,), none) for pair, site in zip(pairs, by_site, strict=True)]
     looks = [look(rows, columns, density) for rows in each]
     seen, shared = [one for one, _ in looks], [held for _, held in looks]
+    for index, row in enumerate(each):
+        if row.by_site[0]:
+            shared[index] = shared[index] + _horizontal_lines(row, *seen[index], density)
     choice = torch.stack([shared[0] + RASTER_LEAD, *shared[1:]]).argmax(0)  # [N]
 
     def chosen(of_pair: list[Tensor]) -> Tensor:
@@ -142,6 +148,33 @@ def choose_orders(
         )
     rows = Rows(scene, heads, pairs, by_site, choice.unflatten(0, (scene.batch, -1)))
     return rows, Sighting(measured, picked)
+
+
+def _horizontal_lines(rows: Rows, measured: Measured, columns: Columns | None, density: float | None) -> Tensor:
+    """What an order by site holds by computing some query tiles whole, those of sites whose queries look at everything:
+    float [N], of the attention outside columns. 0 where such tiles would take more than half of the budget.
+
+    They are few, so that the other probes seldom meet one; and no other order makes them few.
+    """
+    scene = rows.scene
+    tile = torch.arange(1, SEARCHED + 1, device=rows.choice.device) * scene.query_tiles // SEARCHED - 1
+    tile = tile.clamp(min=0).expand(rows.rows, -1)
+    # Two neighbours: one query alone may be an exception.
+    slot = torch.cat([tile * TILE + TILE // 2 - 1, tile * TILE + TILE // 2], -1)
+    slot = slot.clamp(max=scene.query_modality.shape[1] - 1)
+    mass, total = rows.tile_mass(slot, None if columns is None else columns.cold)
+    even = SPREAD_OUT / (mass > 0).sum(-1, keepdim=True).clamp(min=1)
+    spread_out = (mass * (mass < even)).sum(-1)
+    if columns is not None:
+        in_columns = rows.slots_log_mass(slot, columns.slots, columns.listed)
+        spread_out *= torch.sigmoid(total - in_columns).nan_to_num_(0.0)
+    # Text has no site.
+    site = rows.of_pairs([scene.arrangement.query_site[:, query] for query, _ in rows.pairs]).gather(1, slot)
+    spread_out = (spread_out * (site >= 0)).unflatten(1, (2, -1)).amin(1)
+    horizontal = spread_out > HORIZONTAL
+    affordable = horizontal.float().mean(-1) <= (UNCAPPED if density is None else density) / 2
+    held = (spread_out * horizontal).mean(-1) * affordable
+    return held / _mean(1.0 - measured.outside, measured.weight).clamp(min=1e-6)
 
 
 def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor, tiles: int) -> Tensor:

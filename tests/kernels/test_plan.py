@@ -505,7 +505,9 @@ def test_a_million_tokens_need_no_host_value_and_no_huge_temporary(cap: float | 
         made, stats = plan(None, None, arrangement, *boundaries, 0, 1.0, 4096, True, True, encode(patterns),
                            [-1] * 3, cap, None, 0)  # fmt: skip
         assert stats.density.shape == (1, 3)
-    assert [tuple(part.shape) for part in made] == list(plan_shapes(1, length, length, 0, True, True, encode(patterns), cap))
+    assert [tuple(part.shape) for part in made] == list(
+        plan_shapes(1, length, length, 0, True, True, encode(patterns), cap)
+    )
     assert made.columns.shape == (1, 3, length // 64 + 1) and made.cold.shape == (1, 3, length)
     # The result itself, or int64 values of the tiles classified at once, and little more for the ends of lists.
     assert largest.bytes <= max(made.tiles.numel() * 4, tile_bounds.CHUNK * 8 * 17 // 16)
@@ -516,7 +518,9 @@ def test_a_capped_list_has_no_room_for_every_tile() -> None:
     every, capped, _ = (plan_shapes(1, 2**20, 2**20, 0, False, False, patterns, cap)[3] for cap in (None, 0.05, 1.0))
     assert every == (1, 1, 2**26)
     assert capped[2] < 0.05 / 2 * every[2] + 2 * TILE * 2**13
-    assert plan_shapes(1, 2**20, 2**20, 0, False, True, patterns, 0.05)[3][2] > 0.05 * every[2]  # a span may hold everything
+    assert (
+        plan_shapes(1, 2**20, 2**20, 0, False, True, patterns, 0.05)[3][2] > 0.05 * every[2]
+    )  # a span may hold everything
 
 
 @given(st.integers(1, 2000), st.integers(0, 2000), st.integers(-300, 2000))
