@@ -152,7 +152,7 @@ def choose_orders(
 
 def _horizontal_lines(rows: Rows, measured: Measured, columns: Columns | None, density: float | None) -> Tensor:
     """What an order by site holds by computing some query tiles whole, those of sites whose queries look at everything:
-    float [N], of the attention outside columns. 0 where such tiles would take more than half of the budget.
+    float [N], of the attention outside columns. 0 where these are more than half of what the budget is for.
 
     They are few, so that the other probes seldom meet one; and no other order makes them few.
     """
@@ -172,8 +172,9 @@ def _horizontal_lines(rows: Rows, measured: Measured, columns: Columns | None, d
     site = rows.of_pairs([scene.arrangement.query_site[:, query] for query, _ in rows.pairs]).gather(1, slot)
     spread_out = (spread_out * (site >= 0)).unflatten(1, (2, -1)).amin(1)
     horizontal = spread_out > HORIZONTAL
-    affordable = horizontal.float().mean(-1) <= (UNCAPPED if density is None else density) / 2
-    held = (spread_out * horizontal).mean(-1) * affordable
+    # Where many queries spread out half as much, this order is the wrong one for what they look at.
+    exceptional = (spread_out > HORIZONTAL / 2).float().mean(-1) <= (UNCAPPED if density is None else density) / 2
+    held = (spread_out * horizontal).mean(-1) * exceptional
     return held / _mean(1.0 - measured.outside, measured.weight).clamp(min=1e-6)
 
 

@@ -16,7 +16,7 @@ from mmcompile.kernels.patterns import MAX_TOKENS, TILE
 from mmcompile.kernels.tags import INVALID
 
 LEAST = -(2**31)
-CHUNK = 2**24  # tiles classified at once: a [rows, nK] int64 temporary stays at 128 MiB
+CHUNK = 3 * 2**22  # tiles classified at once: a [rows, nK] int64 temporary stays at 96 MiB
 
 
 def tile_count(length: Any) -> Any:  # an int, or a SymInt while tracing
