@@ -40,6 +40,10 @@ def implies(first: Literal, second: Literal, bounds: Bounds) -> bool:
         return True
     if isinstance(first, sympy.Le) and isinstance(second, sympy.Le):
         return bounds.never_positive(second.lhs - first.lhs)
+    if isinstance(first, sympy.Le) and isinstance(second, sympy.Ne):
+        # Were the two sides equal, `first` would be positive.
+        difference = second.lhs - second.rhs
+        return any(bounds.never_positive(1 - first.lhs - sign * difference) for sign in (1, -1))
     return False
 
 

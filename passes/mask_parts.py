@@ -150,7 +150,11 @@ def _rows(clauses: list[Clause]) -> dict[str, Any]:
 
 def _spans(clauses: list[Clause], reader: TensorReader) -> dict[str, Any]:
     """The span fields out of what is allowed besides causal."""
-    found = _Matches(clauses)
+    # Beside the causal bound each clause was an alternative; now that they stand alone, one settles parts of another.
+    settled = clauses_of(_conjunction(clauses), reader.bounds)
+    if settled is None:
+        raise Unreadable("no span is allowed")
+    found = _Matches(sorted(settled, key=str))
     if len(found.equal) > 1:
         raise Unreadable("more than one equality of ids among the spans")
     query_id, key_id = found.equal[0] if found.equal else (sympy.S.Zero, sympy.S.Zero)

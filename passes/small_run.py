@@ -68,7 +68,12 @@ class SmallSizes:
         expr = value if isinstance(value, sympy.Expr) else expression(value)
         if expr.is_Integer:
             return self.number(int(expr))
-        small = expr.xreplace({symbol: sympy.Integer(number) for symbol, number in self.symbols.items()})
+        known: dict[sympy.Basic, sympy.Integer] = {
+            symbol: sympy.Integer(number) for symbol, number in self.symbols.items()
+        }
+        # Past and new tokens may be one symbol and one number: a cache of a known length.
+        known |= {number: sympy.Integer(self.number(int(number))) for number in expr.atoms(sympy.Integer)}
+        small = expr.xreplace(known)
         if not small.is_Integer:
             raise CannotRun(f"the size {expr}")
         return int(small)

@@ -25,6 +25,7 @@ def read_program(mask, result="m", *, dynamic=False, capture=record, sizes=Sizes
     return spec
 
 
+_BLOCK = "torch.where(pos == 1, ids, -1)"  # ids of the blocks of one token type, as Gemma makes them
 READ = {
     "k <= q": "causal (offset 3)",
     "(k <= q) & (k > q - 2)": "causal, window 2 (offset 3)",
@@ -35,6 +36,7 @@ READ = {
     "(k <= q) & (score[:, None, None, :] > 0.5)": "causal+padding (offset 3)",
     "(k <= q) & (k % 2 == 0)": "causal+padding (offset 3)",
     "(k <= q) | ((ids[b, q] == ids[b, k]) & (ids[b, q] >= 0))": "causal|spans (offset 3)",
+    f"(k <= q) | (({_BLOCK}[b, q] == {_BLOCK}[b, k]) & ({_BLOCK}[b, q] >= 0))": "causal|spans (offset 3)",
     "(k <= q) | (am.bool()[b, q] & am.bool()[b, k])": "causal|spans (offset 3)",
     "(k <= q) | am.bool()[b, k]": "causal|spans (offset 3)",
     "(k <= q) & (ids[b, q] == ids[b, k])": "packed causal (offset 3)",
