@@ -11,7 +11,16 @@ import torch
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.confirm_mask import confirm_mask
 from mmcompile.passes.find_attention import AttentionSite, UnreadAttention
-from mmcompile.passes.graph import Size, expression, fake_value, has_merged_heads, is_contiguous, same_size, size_key
+from mmcompile.passes.graph import (
+    Size,
+    expression,
+    fake_value,
+    has_merged_heads,
+    is_contiguous,
+    same_size,
+    settle_equal,
+    size_key,
+)
 from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
 from mmcompile.passes.read_mask import read_mask
 
@@ -125,6 +134,7 @@ def _decide_site(
         _require_layout(site)
         if _is(site.query_length, 1):
             raise _Refusal(Reason.DECODE, "one query token")
+        _require_lengths(site)
         mask = _site_mask(site, masks)
         _require_causal(mask)
         if isinstance(site.key_length, int) and site.key_length < min_tokens:
@@ -166,8 +176,14 @@ def _require_supported(site: AttentionSite) -> None:
         raise _Refusal(Reason.UNSUPPORTED, "query, key and value differ in batch")
     if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1] != 0:
         raise _Refusal(Reason.UNSUPPORTED, f"{query.shape[1]}, {key.shape[1]}, {value.shape[1]} heads")
-    if not same_size(key.shape[2], value.shape[2]):
+
+
+def _require_lengths(site: AttentionSite) -> None:
+    if not settle_equal(site.key_length, fake_value(site.value).shape[2]):
         raise _Refusal(Reason.UNSUPPORTED, "key and value differ in length")
+    of_mask = 1 if site.mask is None else fake_value(site.mask).shape[-1]
+    if not _is(of_mask, 1) and not settle_equal(site.key_length, of_mask):
+        raise _Refusal(Reason.UNSUPPORTED, "key and mask differ in length")
 
 
 def _require_layout(site: AttentionSite) -> None:

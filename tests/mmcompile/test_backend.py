@@ -385,3 +385,29 @@ def test_compile_takes_whatever_the_model_takes(tokens):
 
     model = mmcompile.compile(Lengths(), min_tokens=0, inner="eager")
     assert model(tokens).shape == (len(tokens),)
+
+
+@torch.no_grad()
+def test_chunks_of_a_prefill_stay_sparse_and_compile_no_more_after_the_second():
+    compilations = []
+
+    def backend(module, example_inputs):
+        compilations.append(module)
+        return mminference(module, example_inputs, options=SPARSE | {"density": 1.0, "strict": True})
+
+    def attend(x, keys, values):
+        # Past keys and values are inputs of their own, so that each brings a length of its own.
+        past, length = keys.shape[2], x.shape[2]
+        keys, values = torch.cat([keys, x], 2), torch.cat([values, x], 2)
+        mask = torch.arange(past + length) <= torch.arange(length)[:, None] + past
+        return F.scaled_dot_product_attention(x, keys, values, mask), keys, values
+
+    run = torch.compile(attend, backend=backend)
+    for _ in range(2):
+        x = torch.randn(1, HEADS, 500, DIM)
+        whole = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        keys, values = x[:, :, :100].clone(), x[:, :, :100].clone()
+        for start in range(100, 500, 80):
+            out, keys, values = run(x[:, :, start : start + 80], keys, values)
+            torch.testing.assert_close(out, whole[:, :, start : start + 80], atol=1e-5, rtol=1e-5)
+    assert len(compilations) == 2
