@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 OUT ?= docs/figures
 PYTEST_ARGS ?= -n 2
 DEMO_ARGS ?=
+MODELS_ARGS ?= --again
 
 # `make gpu PY=python3` uses an interpreter that has everything already and makes no environment.
 PY ?= $(VENV)/bin/python
@@ -16,7 +17,7 @@ endif
 # Nothing here needs a model hub: a look-up that slips in should fail at once and loudly.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint types layers unit interpreter gpu figures clean
+.PHONY: help demo test lint types layers unit interpreter gpu figures models clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +25,7 @@ help:
 	@echo 'make test     ruff, mypy, import-linter, tests on the CPU, kernels under the Triton interpreter'
 	@echo 'make gpu      tests and benchmarks that need a CUDA device; figures go to OUT=$(OUT)'
 	@echo 'make figures  put the tables of $(OUT) into README.md'
+	@echo 'make models   every check of every model family, into docs/models.md (half an hour; MODELS_ARGS="--family NAME")'
 	@echo 'make clean    remove the environment and every cache'
 	@echo
 	@echo 'Variables: PYTHON=$(PYTHON) (3.11 or later, makes the environment) VENV=$(VENV) TORCH=$(TORCH)'
@@ -69,6 +71,9 @@ gpu: $(READY)
 
 figures: $(READY)
 	$(PY) docs/make_figures.py --figures $(OUT) README.md
+
+models: $(READY)
+	$(PY) docs/make_models.py $(MODELS_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -5,6 +5,7 @@
 needs no import of this package: torch finds the backend by its entry point. Importing it adds what is here.
 """
 
+from mmcompile.eager_attention import register_attention
 from mmcompile.errors import BoundaryError, MMCompileError, OptionError, UnsupportedSitesError
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.modality import ModalityBoundaries, bind
@@ -31,5 +32,6 @@ __all__ = [
     "bind",
     "compile",
     "explain",
+    "register_attention",
     "stats",
 ]

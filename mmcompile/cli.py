@@ -139,7 +139,10 @@ def doctor(
     tiny: Annotated[
         bool, typer.Option(help="Two layers of the same kind with random weights, from the config alone.")
     ] = True,
-    way: Annotated[list[str] | None, typer.Option(help="torch.compile, mmcompile.compile, text model.")] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="torch.compile, mmcompile.compile, text model; all by default.")
+    ] = None,
+    check: Annotated[list[str] | None, typer.Option(help="Run this check alone; may be repeated.")] = None,
     inner: Annotated[str, typer.Option(help="What compiles the rewritten graphs: eager, inductor.")] = "eager",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything found here too.")] = None,
 ) -> None:
@@ -152,19 +155,18 @@ def doctor(
     from mmcompile.huggingface import load_model
     from mmcompile.tiny_config import load_config, tiny_model
 
-    ways = tuple(way or WAYS)
-    with _steps(2 + len(ways) * len(CHECKS)) as step:
+    ways, checks = way or WAYS, check or CHECKS
+    with _steps(2 + len(ways) * len(checks)) as step:
         step(f"load {model}")
         patient = tiny_model(load_config(model)) if tiny else load_model(model)
         step("make prompts")
         made = make_prompts(patient, model)
-        diagnosis = Doctor(patient, made.prompts, inner=inner).diagnose(ways, step=step)
+        diagnosis = Doctor(patient, made.prompts, inner=inner).diagnose(ways, checks, step=step)
     out.print(diagnosis)
     out.print(f"prompts: {made.told}", highlight=False, markup=False)
     if json_path is not None:
-        _write(
-            json_path, json.dumps({"model": model, "tiny": tiny, "prompts": made.told} | diagnosis.to_dict(), indent=2)
-        )
+        found = {"model": model, "tiny": tiny, "prompts": made.told} | diagnosis.to_dict()
+        _write(json_path, json.dumps(found, indent=2))
     out.print(diagnosis.advice(), highlight=False)
     if not diagnosis.healthy:
         raise typer.Exit(1)

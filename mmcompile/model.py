@@ -19,6 +19,7 @@ from mmcompile.errors import OptionError
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
 from mmcompile.options import Options
+from mmcompile.vision_attention import pack_vision_attention
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ def compile(
       placeholder ids, or multimodal `position_ids`, with the grids of images and videos). Those given through
       `mmcompile.bind` come first.
 
+    Vision towers that call SDPA once for each window or frame call one attention for all of them from now on, in eager
+    mode too; `model.set_attn_implementation("sdpa")` takes that back.
+
     A prompt whose placeholder tokens and features differ in number runs uncompiled: the model's own error says so.
     `model.generate(...)` prefills through what is compiled. Compiling again replaces the options. `copy.deepcopy` and
     pickling take the model without what was compiled: compile the copy. Training runs, with dense attention.
@@ -68,9 +72,36 @@ def compile(
     _check_mode(mode, parsed.inner)
     backend = _Backend(parsed, mode)
     model.compile(backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    pack_vision_attention(model)
+    if hasattr(model, "generate"):
+        model.create_masks_for_generate = MasksForGenerate.of(model)  # type: ignore[assignment]
     compiled: Callable[..., Any] = model._compiled_call_impl  # type: ignore[assignment]  # set by the line above
     model._compiled_call_impl = _with_prefill_steps(model, compiled)
     return model
+
+
+@dataclass(frozen=True)
+class MasksForGenerate:
+    """What `generate` calls to make masks in advance where a cache has room for all tokens (a StaticCache).
+
+    A prefill's mask stays 2-D: its forward builds the 4-D one in the graph, where it can be read and is never made.
+    original: the model's own, for decode steps.
+    """
+
+    original: Callable[..., Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "MasksForGenerate":
+        """For a model that may have been given one before."""
+        from transformers.masking_utils import create_masks_for_generate
+
+        found: Any = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        return found if isinstance(found, cls) else cls(found)
+
+    def __call__(self, *args: Any, inputs_embeds: torch.Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        if inputs_embeds.shape[1] > 1 and (attention_mask is None or attention_mask.dim() == 2):
+            return attention_mask
+        return self.original(*args, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -88,8 +119,8 @@ class _Backend:
 def _parse(options: Mapping[str, Any]) -> Options:
     if "backend" in options or "options" in options:
         raise OptionError(
-            'the backend is always "mminference"; its options are keyword arguments of their own, and inner="..." names '
-            "the backend that compiles the rewritten graph"
+            'the backend is always "mminference"; its options are keyword arguments of their own, and inner="..." '
+            "names the backend that compiles the rewritten graph"
         )
     known = [*(field.name for field in fields(Options)), *_TORCH_NAMES]
     for name in options:
@@ -118,7 +149,9 @@ def _with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Calla
         if torch.compiler.is_dynamo_compiling():
             return compiled(*args, **kwargs)
         inputs = _by_name(signature, args, kwargs)
-        if inputs is None or _is_decode_step(inputs):
+        if inputs is None:
+            return model._call_impl(*args, **kwargs)
+        if _is_decode_step(inputs):
             with _tracing():
                 return compiled(*args, **kwargs)
         fits = None
@@ -143,17 +176,32 @@ def _tracing(*, without_checks: bool = False) -> Iterator[None]:
     graph and waits for the device. Where torch or transformers lack the means, they stay.
     """
     config: Any = torch._dynamo.config
-    settings: dict[str, Any] = {"recompile_limit": max(config.recompile_limit, _MOST_GRAPHS)}
+    settings: dict[str, Any] = {
+        "recompile_limit": max(config.recompile_limit, _MOST_GRAPHS),
+        # Decoders that add features at the placeholders of some layers index by a mask (Qwen3-VL's deepstack): each
+        # such layer would break the graph.
+        "capture_dynamic_output_shape_ops": True,
+    }
     check = getattr(transformers.utils, "torch_compilable_check", None) if without_checks else None
     if check is not None and hasattr(config, "ignore_logging_functions"):
         settings["ignore_logging_functions"] = {*config.ignore_logging_functions, check}
-    with config.patch(settings):
+    with config.patch(settings), _without_metrics_errors():
         yield
 
 
-def _by_name(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
+@contextmanager
+def _without_metrics_errors() -> Iterator[None]:
+    """Keep torch before 2.13 from logging, at every compilation, that it cannot write a set of functions as JSON."""
+    metrics = logging.getLogger("torch._dynamo.metrics_context")
+    disabled = metrics.disabled
+    metrics.disabled = disabled or torch.__version__ < "2.13"
+    try:
+        yield
+    finally:
+        metrics.disabled = disabled
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """A call's arguments by their names; None where they do not fit, which the call itself says best."""
     try:
         inputs = dict(signature.bind_partial(*args, **kwargs).arguments)

@@ -86,8 +86,15 @@ def test_from_input_ids_with_grids():
     boundaries.check_fits(1, 18)
 
 
-def test_a_grid_that_does_not_match_its_segment_is_left_unknown():
-    ids = torch.tensor([[7, *[VIDEO_ID] * 4, 9, *[VIDEO_ID] * 4, 7]])  # one video, cut by timestamps
+def test_a_video_cut_by_timestamps_is_one_segment_a_frame():
+    ids = torch.tensor([[7, *[VIDEO_ID] * 4, 9, *[VIDEO_ID] * 4, 7]])
+    boundaries = ModalityBoundaries.from_inputs(CONFIG, input_ids=ids, video_grid_thw=torch.tensor([[2, 4, 4]]))
+    assert boundaries.modality.tolist() == [TEXT, VIDEO, TEXT, VIDEO, TEXT]
+    assert boundaries.grid.tolist() == [[0] * 3, [1, 2, 2], [0] * 3, [1, 2, 2], [0] * 3]
+
+
+def test_a_grid_that_does_not_match_its_tokens_is_left_unknown():
+    ids = torch.tensor([[7, *[VIDEO_ID] * 4, 9, *[VIDEO_ID] * 3, 7]])
     boundaries = ModalityBoundaries.from_inputs(CONFIG, input_ids=ids, video_grid_thw=torch.tensor([[2, 4, 4]]))
     assert boundaries.modality.tolist() == [TEXT, VIDEO, TEXT, VIDEO, TEXT]
     assert boundaries.grid.sum() == 0
