@@ -19,6 +19,7 @@ from mmcompile.errors import OptionError
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
 from mmcompile.options import Options
+from mmcompile.prefill import forget_stats
 from mmcompile.vision_attention import pack_vision_attention
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def _with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Calla
         if _is_decode_step(inputs):
             with _tracing():
                 return compiled(*args, **kwargs)
+        forget_stats(model)
         fits = None
         if encode is not None:
             args, (kwargs, fits) = (), encode(inputs)

@@ -194,6 +194,11 @@ class _LastPrefills:
         with self._lock:
             self._kept[key] = (weakref.ref(parameter, forget), sites, tuple(figures))
 
+    def forget(self, model: nn.Module) -> None:
+        with self._lock:
+            for parameter in model.parameters():
+                self._kept.pop(id(parameter), None)
+
     def of(self, model: nn.Module) -> list[SiteStats]:
         stats = []
         for parameter in model.parameters():
@@ -210,6 +215,12 @@ _last_prefills = _LastPrefills()
 def stats(model: nn.Module) -> list[SiteStats]:
     """What each rewritten attention of `model` did in its last prefill, in execution order.
 
-    Empty before the first prefill, and where nothing was rewritten. Waits for the device.
+    Empty before the first prefill, and where nothing was rewritten; under plain `torch.compile`, which tells nobody when
+    a prefill begins, a prefill that was rewritten nowhere leaves the figures of the one before. Waits for the device.
     """
     return _last_prefills.of(model)
+
+
+def forget_stats(model: nn.Module) -> None:
+    """Drop what `stats` has of `model`: another prefill begins."""
+    _last_prefills.forget(model)

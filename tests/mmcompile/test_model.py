@@ -381,3 +381,14 @@ def test_a_static_cache_prefills_sparse_and_its_copy_generates(family):
     torch.save(model, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False).generate(**inputs["padded"], **settings), expected)
+
+
+@torch.no_grad()
+def test_stats_are_of_the_last_prefill_alone():
+    _, model = qwen()
+    mmcompile.compile(model, **DENSE)
+    model(**short_video(model))
+    assert len(mmcompile.stats(model)) == 2
+    with torch.enable_grad():
+        model(**short_video(model))  # where gradients are needed, attention stays dense
+    assert mmcompile.stats(model) == []
