@@ -215,8 +215,8 @@ _last_prefills = _LastPrefills()
 def stats(model: nn.Module) -> list[SiteStats]:
     """What each rewritten attention of `model` did in its last prefill, in execution order.
 
-    Empty before the first prefill, and where nothing was rewritten; under plain `torch.compile`, which tells nobody when
-    a prefill begins, a prefill that was rewritten nowhere leaves the figures of the one before. Waits for the device.
+    Empty before the first prefill, and where nothing was rewritten. Plain `torch.compile` tells nobody when a prefill
+    begins: there, one that was rewritten nowhere leaves the figures of the one before. Waits for the device.
     """
     return _last_prefills.of(model)
 
