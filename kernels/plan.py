@@ -419,12 +419,14 @@ def _tile_room(
     if density is None or density == 1.0:
         return every
     unseen = torch.sym_min(torch.sym_max(key_tiles - seen, 0), query_tiles)
-    # Each of a tile's queries may have another nearest key; and where it counts keys from a start of its own, in its
-    # segment or in a modality, its sink may start and end in tiles of its own.
-    starts = TILE if segments or any(pattern.boundary == "2d" for pattern in patterns) else 1
-    mandatory = TILE + 2 * starts + max(pattern.sink // TILE for pattern in patterns) * MODALITIES
+    if segments:
+        return every  # a segment's tokens may stand anywhere, and its first ones with them
+    # Of a query tile: each query's nearest key, and a sink for each modality that keys are counted in. In the order of
+    # the pattern a sink's valid keys follow each other, with none between them: at most a tile for each.
+    groups = MODALITIES if any(pattern.boundary == "2d" for pattern in patterns) else 1
+    mandatory = TILE + groups * (max(pattern.sink for pattern in patterns) + 1)
     causal = torch.sym_max(every - unseen * (unseen + 1) // 2, 0)  # never negative, which a tracer cannot know
-    return causal * math.ceil(density * 2**16) // 2**16 + query_tiles * mandatory
+    return torch.sym_min(every, causal * math.ceil(density * 2**16) // 2**16 + query_tiles * mandatory)
 
 
 def _without_tiles(result: TilePlan) -> TilePlan:

@@ -20,7 +20,7 @@ from mmcompile.diagnosis import CheckResult, Diagnosis, Status
 from mmcompile.errors import MMCompileError
 from mmcompile.model import compile as compile_model
 from mmcompile.options import Options
-from mmcompile.prefill import stats
+from mmcompile.prefill import forget_stats, stats
 from mmcompile.reference_runs import NEW_TOKENS, Inputs, copy_sharing_weights, generate, prefill, rollout
 from mmcompile.watch import WATCHED, Watch, count_attentions, decoder_of, watched
 
@@ -100,6 +100,7 @@ class Doctor:
             if name not in known:
                 raise DoctorError(f"{name!r}: must be one of {', '.join(known)}")
         causal = self._causal
+        forget_stats(self.model)  # of an earlier check: its copy had the same parameters
         begun = time.perf_counter()
         options = {"density": SPARSE_DENSITY, "min_tokens": 0} if check == "sparse" else _EVERY_TILE
         with watched(Options.parse(options | {"inner": self.inner})) as watch, torch.no_grad():
@@ -241,8 +242,7 @@ class Doctor:
         logits = visit.run(partial(prefill, inputs=self.prompts.longest))
         if not logits.isfinite().all():
             return _Finding("logits with NaN or infinity")
-        # Figures are kept by parameter, and the copies share theirs: without a rewrite they are another check's.
-        told = stats(visit.model) if visit.rewritten[-1] else []
+        told = stats(visit.model)
         if len(told) != visit.rewritten[-1]:
             return _Finding(f"mmcompile.stats tells of {len(told)} of {visit.rewritten[-1]} rewritten attentions")
         if not all(0 < site.density <= 1 + 1e-6 for site in told):

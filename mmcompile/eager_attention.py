@@ -74,6 +74,10 @@ class _CausalMask:
     key_valid: Tensor | None
     built: Callable[[], Tensor | None]
 
+    def contiguous(self) -> Tensor | None:
+        """The mask itself: `generate` asks for it where it makes masks before the forward, for a static cache."""
+        return self.built()
+
 
 class _Unread(Exception):
     """A mask that is not read, and what it holds."""

@@ -8,7 +8,7 @@ whole.
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -42,11 +42,8 @@ class EncodeFirst:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from transformers import GenerationMixin
-
         base: Any = model.base_model
-        self._model = model
-        self._encode = getattr(GenerationMixin, _ENCODE)
+        self._encode: Callable[[dict[str, Any]], dict[str, Any]] = getattr(model, _ENCODE)
         self._make_positions: Any = getattr(base, "compute_3d_position_ids", None)
         self._tokens = placeholder_ids(model.config)
         self._forward = inspect.signature(base.forward).parameters
@@ -70,7 +67,7 @@ class EncodeFirst:
             given = {name: value for name, value in ready.items() if value is not None}
             if "mm_encoder_outputs" in given:
                 given["mm_encoder_outputs"] = dict(given["mm_encoder_outputs"])  # the results are added to it
-            ready = self._encode(self._model, given)
+            ready = self._encode(given)
         fits = None
         outputs = ready.get("mm_encoder_outputs")
         if isinstance(outputs, Mapping) and any(output is not None for output in outputs.values()):
@@ -116,11 +113,11 @@ _ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
 
 def encodes_first(model: nn.Module) -> bool:
     """Whether `EncodeFirst` takes this model: transformers has the way since 5.18, for most families."""
-    from transformers import GenerationMixin, PreTrainedModel
+    from transformers import PreTrainedModel
 
     return (
         isinstance(model, PreTrainedModel)
-        and hasattr(GenerationMixin, _ENCODE)
+        and hasattr(model, _ENCODE)
         and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
     )
 
@@ -183,7 +180,9 @@ def _fit(outputs: Mapping[str, Any], tokens: Mapping[int, int], counts: Mapping[
             continue
         features: Any = getattr(output, "pooler_output", None)
         parts = features if isinstance(features, list | tuple) else [features]
-        token = tokens.get(_MODALITIES.get(name, -1), tokens.get(IMAGE))  # InternVL's videos fill image tokens
+        token = tokens.get(_MODALITIES.get(name, -1))
+        if token is None or not counts.get(token, 0):
+            token = tokens.get(IMAGE)  # videos of GLM and InternVL fill image tokens
         if token is None or not all(isinstance(part, torch.Tensor) for part in parts):
             return None
         found[token] = found.get(token, 0) + sum(part.numel() // part.shape[-1] for part in parts)

@@ -53,6 +53,7 @@ def compile(
     mode too; `model.set_attn_implementation("sdpa")` takes that back.
 
     A prompt whose placeholder tokens and features differ in number runs uncompiled: the model's own error says so.
+    Hooks on the model itself see what its forward is then given: arguments by name, and features in place of pixels.
     `model.generate(...)` prefills through what is compiled. Compiling again replaces the options. `copy.deepcopy` and
     pickling take the model without what was compiled: compile the copy. Training runs, with dense attention.
 
@@ -187,20 +188,19 @@ def _tracing(*, without_checks: bool = False) -> Iterator[None]:
     check = getattr(transformers.utils, "torch_compilable_check", None) if without_checks else None
     if check is not None and hasattr(config, "ignore_logging_functions"):
         settings["ignore_logging_functions"] = {*config.ignore_logging_functions, check}
-    with config.patch(settings), _without_metrics_errors():
+    with config.patch(settings):
         yield
 
 
-@contextmanager
-def _without_metrics_errors() -> Iterator[None]:
-    """Keep torch before 2.13 from logging, at every compilation, that it cannot write a set of functions as JSON."""
-    metrics = logging.getLogger("torch._dynamo.metrics_context")
-    disabled = metrics.disabled
-    metrics.disabled = disabled or torch.__version__ < "2.13"
-    try:
-        yield
-    finally:
-        metrics.disabled = disabled
+class _NoMetricsErrors(logging.Filter):
+    """Drops what torch before 2.13 logs at every compilation: that it cannot write a set of functions as JSON."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "logging compilation metrics" not in record.getMessage()
+
+
+if torch.__version__ < "2.13":
+    logging.getLogger("torch._dynamo.metrics_context").addFilter(_NoMetricsErrors())
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

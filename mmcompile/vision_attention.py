@@ -16,6 +16,7 @@ from torch.nn import functional as F
 PACKED_ATTENTION = "mmcompile_flash_packed"
 
 _MOST_PADDING = 2  # elements computed for each one needed; past it, windows of one length go together
+_MORE_THAN_WINDOWS = ("is_causal", "sliding_window", "softcap", "s_aux")  # one window at a time
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -77,11 +78,12 @@ def packed_attention(
     max_length_q: tokens of the longest. Without them it is transformers' "sdpa". Returns [1, T, H, D] and None.
     """
     if cu_seq_lens_q is None or attention_mask is not None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
-        )
+        return _by_transformers(module, query, key, value, attention_mask, dropout, scaling, arguments)
+    if query.shape[0] != 1 or any(arguments.get(name) for name in _MORE_THAN_WINDOWS):
+        lengths = [length for length in (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist() if length > 0]
+        parts = zip(*(one.split(lengths, dim=2) for one in (query, key, value)), strict=True)
+        outputs = [_by_transformers(module, q, k, v, None, dropout, scaling, arguments)[0] for q, k, v in parts]
+        return torch.cat(outputs, dim=1), None
     longest = int((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).max()) if max_length_q is None else int(max_length_q)
     q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))  # [T, H, D]
     if dropout == 0 and _has_kernel(q, scaling):
@@ -95,6 +97,25 @@ def packed_attention(
     else:
         output = _by_length(q, k, v, cu_seq_lens_q, settings)
     return output[None], None
+
+
+def _by_transformers(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    arguments: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa"."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **arguments
+    )
+    return output, None
 
 
 def _has_kernel(query: Tensor, scaling: float | None) -> bool:

@@ -332,7 +332,8 @@ def test_nothing_is_written_outside_the_room_and_what_is_listed_is_right(case: P
         patch.setattr(planning, "_tile_room", lambda *_: room)
         made = case.plan(cap)
     assert made.plan.tiles.shape[2] == room
-    assert torch.equal(made.plan.tiles, whole.plan.tiles[..., :room])
+    both = min(room, whole.plan.tiles.shape[2])  # short prompts have less room than that
+    assert torch.equal(made.plan.tiles[..., :both], whole.plan.tiles[..., :both])
     first, full, partial, *_ = made.plan.counts.unbind(-1)
     assert (first + full + partial).max() <= room and made.plan.counts.min() >= 0
     assert not (made.listed & ~whole.listed).any() and not (made.full & ~whole.full).any()
@@ -517,7 +518,7 @@ def test_a_capped_list_has_no_room_for_every_tile() -> None:
     patterns = encode([HeadPattern()])
     every, capped, _ = (plan_shapes(1, 2**20, 2**20, 0, False, False, patterns, cap)[3] for cap in (None, 0.05, 1.0))
     assert every == (1, 1, 2**26)
-    assert capped[2] < 0.05 / 2 * every[2] + 2 * TILE * 2**13
+    assert capped[2] < 0.05 / 2 * every[2] + 3 * TILE * 2**13
     assert (
         plan_shapes(1, 2**20, 2**20, 0, False, True, patterns, 0.05)[3][2] > 0.05 * every[2]
     )  # a span may hold everything
@@ -529,6 +530,26 @@ def test_a_capped_list_has_room_for_all_causal_tiles(queries: int, before: int, 
     room = plan_shapes(1, queries, keys, before, False, False, encode([HeadPattern()]), 1 - 2**-16)[3][2]
     last = np.minimum(np.arange(0, queries, TILE) + TILE - 1, queries - 1) + before
     assert room >= (np.minimum(last, keys - 1) // TILE + 1).sum()
+
+
+@pytest.mark.parametrize("scattered", ["valid keys", "segments"])
+def test_a_capped_list_has_room_for_a_sink_whose_keys_stand_far_apart(scattered: str) -> None:
+    queries, keys = 4 * TILE, 2**15
+    offset, place = keys - queries, torch.arange(keys)[None]
+    valid = (place % TILE == 0) | (place >= offset) if scattered == "valid keys" else None
+    ids = place % 1000 if scattered == "segments" else None
+    patterns = (HeadPattern("a_shape", sink=512, local=128),)
+    no_boundaries = [torch.tensor(part, dtype=torch.int32) for part in ([0, queries], [0], [[0, 0, 0]])]
+    of_queries = None if ids is None else ids[:, offset:]
+    orders = encode_orders(*distinct_orders(patterns))
+    sizes = 1, queries, keys, offset
+    arrangement = arrange(None, None, *no_boundaries, valid, of_queries, ids, None, None, *sizes, orders, 0)
+    made, _ = plan(None, None, arrangement, *no_boundaries, offset, 1.0, None, ids is not None, False,
+                   encode(patterns), [-1], 0.01, None, 0)  # fmt: skip
+    first, full, partial, *_ = made.counts[0, 0].unbind(-1)
+    # Each query tile has its sink and its own keys, the last one too, and all of it is in the list.
+    assert ((full + partial) > 512 * TILE // keys).all() and int((first + full + partial)[-1]) < made.tiles.shape[2]
+    assert (made.tiles[0, 0, first.long() + full + partial - 1] >= offset // TILE).all()
 
 
 @pytest.mark.parametrize("length", [1000, 50])

@@ -87,6 +87,15 @@ def test_generate_and_a_second_turn_equal_sdpa(sparse_calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_a_static_cache_whose_masks_are_made_beforehand_equals_sdpa(family):
+    model, twin, _ = pair(family)
+    text = {"input_ids": torch.randint(3, 400, (1, 40))}
+    settings = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(twin.generate(**text, **settings), model.generate(**text, **settings))
+
+
+@torch.no_grad()
 def test_options_belong_to_the_name(sparse_calls):
     model, twin, prompt = pair("llava", min_tokens=10**6)
     torch.testing.assert_close(twin(**prompt["first"]).logits, model(**prompt["first"]).logits, atol=0, rtol=0)

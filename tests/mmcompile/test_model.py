@@ -392,3 +392,22 @@ def test_stats_are_of_the_last_prefill_alone():
     with torch.enable_grad():
         model(**short_video(model))  # where gradients are needed, attention stays dense
     assert mmcompile.stats(model) == []
+
+
+@encoders_first
+@torch.no_grad()
+def test_a_video_whose_placeholders_are_image_tokens_is_compiled(caplog):
+    eager, model, _ = pair("glm4v")
+    mmcompile.compile(model, **DENSE)
+    frame = [503, *[500] * 4, 504, 9]  # marks, four tokens of 4 x 4 patches, a time
+    ids = torch.tensor([[5] * 130 + frame * 2 + [6] * 40])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": torch.where(ids == 500, 2, 0).int(),
+        "pixel_values_videos": torch.randn(2 * 4 * 4, 3 * 2 * 14 * 14),
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+    assert_close(model(**inputs), eager(**inputs), inputs)
+    assert len(mmcompile.stats(model)) == 2
+    assert not caplog.records

@@ -203,3 +203,15 @@ def test_the_gpus_kernel_equals_one_for_each_window(lengths, dtype):
     expected = one_by_one(*(one.double() for one in (query, key, value)), lengths, 0.1)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("batch", "arguments"), [(1, {"is_causal": True}), (2, {"is_causal": False})])
+def test_what_packed_kernels_do_not_compute_goes_window_by_window(batch, arguments):
+    lengths = [3, 0, 8, 5]
+    query, key, value, starts = packed(lengths)
+    query, key, value = (one.repeat(batch, 1, 1, 1) for one in (query, key, value))
+    module = nn.Module()
+    got, _ = packed_attention(module, query, key, value, None, cu_seq_lens_q=starts, **arguments)
+    parts = zip(*(one.split([3, 8, 5], dim=2) for one in (query, key, value)), strict=True)
+    expected = [F.scaled_dot_product_attention(q, k, v, **arguments) for q, k, v in parts]
+    torch.testing.assert_close(got, torch.cat(expected, dim=2).transpose(1, 2))
