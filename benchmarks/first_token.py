@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from figure import Figure
+from repeated_heads import REPEATED_HEADS
 from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import mmcompile
 
@@ -59,7 +60,7 @@ class Model:
     """A model's geometry, and how a video enters it.
 
     config: fields of transformers' config. inputs: from the number of frames, a forward's arguments without
-    `attention_mask`, on the CPU. heavy: where its sizes are, for a run that only shows that this file works.
+    `attention_mask`, on the CPU.
     """
 
     name: str
@@ -179,17 +180,6 @@ def build(model: Model, layers: int | None, device: str) -> Any:
         return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def repeated_attention(module, query, key, value, attention_mask, scaling=None, **_unused):
-    """Causal attention with KV heads repeated: held to cuDNN, torch refuses grouped heads."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("repeated", repeated_attention)
-
-
 def seconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Median and half the range of the calls' wall-clock times."""
     times = []
@@ -255,7 +245,7 @@ def main() -> None:
         inputs = {name: tensor.cuda() for name, tensor in one.inputs(arguments.frames).items()}
         tokens = inputs["input_ids"].shape[1]
         rows = []
-        model.config.get_text_config()._attn_implementation = "repeated"
+        model.config.get_text_config()._attn_implementation = REPEATED_HEADS
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             rows.append({"attention": "dense, not compiled"} | measure(model, inputs, arguments.repeats))
         model.config.get_text_config()._attn_implementation = "sdpa"

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 from figure import Figure
+from repeated_heads import REPEATED_HEADS
 from rich.progress import track
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, Qwen2_5_VLTextConfig
+from transformers import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 import mmcompile
@@ -23,17 +24,6 @@ FRAME = (16, 16)  # tokens of a frame, after merging
 TEXT = 64  # tokens of text before and after the video
 OURS = "mminference"
 PATTERNS = {"a_shape": HeadPattern("a_shape", sink=128, local=4096), "auto": "auto"}
-
-
-def repeated_attention(module, query, key, value, attention_mask, scaling, **_unused):
-    """Causal attention with KV heads repeated: held to one backend, torch refuses grouped heads."""
-    groups = module.num_key_value_groups
-    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("repeated", repeated_attention)
 
 
 def decoder(layers: int) -> Qwen2_5_VLTextModel:
@@ -173,7 +163,7 @@ def main() -> None:
         if name not in wanted:
             continue
         torch.compiler.reset()
-        model.config._attn_implementation = "sdpa" if name == OURS else "repeated"
+        model.config._attn_implementation = "sdpa" if name == OURS else REPEATED_HEADS
         for tokens in lengths:
             rows.append(measure(name, run, model, tokens, arguments.repeats))
             print(rows[-1], flush=True)

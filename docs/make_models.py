@@ -71,7 +71,8 @@ def main() -> int:
         model = FAMILIES[name].model()
         diagnosis = Doctor(model, FAMILIES[name].prompts(model), inner="eager").diagnose([way], CHECKS)
         results += [{"family": name} | source | one.to_dict() for one in diagnosis.results]
-        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(result) for result in results)  # a line each, so that changes can be read
+        arguments.results.write_text(f"[\n{lines}\n]\n")
     arguments.out.write_text(page(results, FAMILIES))
     failed = sum(one["status"] == Status.FAILS for one in results)
     print(f"wrote {arguments.out}: {len(results)} checks of {len(FAMILIES)} families, {failed} fail")
