@@ -58,14 +58,13 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str | None = No
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ModelError(f"dtype={dtype!r}: must be auto, float32, bfloat16 or float16")
     target = _device(device)
-    if not Path(path).exists() and str(path).startswith(("/", ".", "~")):
-        raise ModelError(f"{path}: no such folder; give one made by save_pretrained, or a name on a model hub")
+    require_source(path)
     try:
         config = AutoConfig.from_pretrained(path)
         auto = AutoModelForImageTextToText if type(config) in VISION_LANGUAGE else AutoModelForCausalLM
         model = auto.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: transformers cannot load a model from here: {_first_line(error)}") from error
+        raise ModelError(f"{path}: transformers cannot load a model from here: {first_line(error)}") from error
     return model.eval().to(target)
 
 
@@ -208,5 +207,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _first_line(error: Exception) -> str:
+def require_source(path: str | Path) -> None:
+    """ModelError for what looks like a folder and is none."""
+    if not Path(path).exists() and str(path).startswith(("/", ".", "~")):
+        raise ModelError(f"{path}: no such folder; give one made by save_pretrained, or a name on a model hub")
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

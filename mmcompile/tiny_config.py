@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmcompile.huggingface import ModelError
+from mmcompile.huggingface import ModelError, first_line, require_source
 
 LAYERS, HEADS, EXPERTS = 2, 4, 4
 SPREAD = 0.05  # of the weights: at the usual 0.02 attention is all but uniform in so narrow a model
@@ -25,12 +24,11 @@ def load_config(path: str) -> Any:
     """The config at a folder made by `save_pretrained`, or of a name on a model hub; ModelError if there is none."""
     from transformers import AutoConfig
 
-    if not Path(path).exists() and path.startswith(("/", ".", "~")):
-        raise ModelError(f"{path}: no such folder; give one made by save_pretrained, or a name on a model hub")
+    require_source(path)
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: transformers finds no config here: {_first_line(error)}") from error
+        raise ModelError(f"{path}: transformers finds no config here: {first_line(error)}") from error
 
 
 def tiny_config(config: Any) -> Any:
@@ -52,7 +50,7 @@ def tiny_config(config: Any) -> Any:
         for name, value in _fields(part):
             names_width = name.endswith(("hidden_size", "dim", "d_model", "output_dim")) and name != "head_dim"
             if names_width and isinstance(value, int) and value in widths:
-                _set(part, name, widths[value])
+                setattr(part, name, widths[value])
     return tiny
 
 
@@ -74,14 +72,10 @@ def tiny_model(config: Any, *, seed: int = 0) -> Any:
                     torch.nn.init.normal_(parameter, std=SPREAD)
     except (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{config.model_type}: no small model of this kind can be built ({_first_line(error)}); "
+            f"{config.model_type}: no small model of this kind can be built ({first_line(error)}); "
             "use --no-tiny for the model itself"
         ) from error
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -93,10 +87,6 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def _fields(config: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in vars(config).items() if not name.startswith("_")]
-
-
-def _set(config: Any, name: str, value: Any) -> None:
-    setattr(config, name, value)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> str | None:
@@ -121,12 +111,12 @@ def _keep_few_layers(config: Any) -> None:
     kept = sorted({kinds.index(kind) for kind in kinds})
     kept = sorted({*kept, *[layer for layer in range(count) if layer not in kept][: max(0, LAYERS - len(kept))]})
     for name, value in by_layer.items():
-        _set(config, name, [value[layer] for layer in kept])
+        setattr(config, name, [value[layer] for layer in kept])
     for name, value in indices.items():
-        _set(config, name, [new for new, old in enumerate(kept) if old in value])
+        setattr(config, name, [new for new, old in enumerate(kept) if old in value])
     if getattr(config, "first_k_dense_replace", 0):
-        _set(config, "first_k_dense_replace", 1)
-    _set(config, count_name, len(kept))
+        config.first_k_dense_replace = 1
+    setattr(config, count_name, len(kept))
 
 
 def _lists_layers(name: str, value: list[Any], count: int) -> bool:
@@ -150,21 +140,21 @@ def _narrow(config: Any, widths: dict[int, int]) -> None:
     widths[width] = narrow
     key_value_heads = getattr(config, "num_key_value_heads", None)
     if key_value_heads:
-        _set(config, "num_key_value_heads", max(1, few * key_value_heads // heads))
-    _set(config, head_name, few)
-    _set(config, width_name, narrow)
+        config.num_key_value_heads = max(1, few * key_value_heads // heads)
+    setattr(config, head_name, few)
+    setattr(config, width_name, narrow)
     for name in ("intermediate_size", "mlp_dim", "encoder_ffn_dim", "intermediate_size_mlp"):
         if isinstance(vars(config).get(name), int):
-            _set(config, name, 2 * narrow)
+            setattr(config, name, 2 * narrow)
     moe = vars(config).get("moe_intermediate_size")
     if moe is not None:
-        _set(config, "moe_intermediate_size", [narrow] * len(moe) if isinstance(moe, list) else narrow)
+        config.moe_intermediate_size = [narrow] * len(moe) if isinstance(moe, list) else narrow
 
 
 def _keep_few_experts(config: Any) -> None:
     for name in _EXPERT_COUNTS:
         if isinstance(vars(config).get(name), int) and getattr(config, name) > EXPERTS:
-            _set(config, name, EXPERTS)
+            setattr(config, name, EXPERTS)
     for name in _EXPERT_PICKS:
         if isinstance(vars(config).get(name), int):
-            _set(config, name, 1 if name.endswith("group") else min(2, getattr(config, name)))
+            setattr(config, name, 1 if name.endswith("group") else min(2, getattr(config, name)))
