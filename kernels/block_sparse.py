@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmcompile.kernels import block_sparse_hopper
 from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim, takes_descriptors
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.tile_walk import TileWalk
+from mmcompile.kernels.tile_walk import MAX_WINDOW, TileWalk
 
-MAX_WINDOW = 2**30  # a position less this still fits 32 bits
 # Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
 UNSPECIALIZED = [
     "batches",
@@ -277,6 +277,8 @@ def _attention_kernel(
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> Tensor:
     """The op of that name for CUDA tensors; shapes as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    if query.numel() and key.numel() and block_sparse_hopper.runs(query, key, value, walk.columns.shape[2]):
+        return block_sparse_hopper.launch(query, key, value, walk, scale)
     descriptors = takes_descriptors(key) and takes_descriptors(value)
     return launch(query, key, value, walk, scale, attention_config(query), descriptors)
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from mmcompile.kernels.tags import element_mask
 
+MAX_WINDOW = 2**30  # a position less this still fits 32 bits
+
 
 class TileWalk(NamedTuple):
     """Which tiles and single keys each head attends to, and the element mask inside them.
