@@ -79,7 +79,7 @@ class KernelsBench:
             f"{self.heads} query heads, {self.kv_heads} KV heads, batch 1, causal, scattered tiles, random data. "
             "Median of runs in turns, the L2 cache emptied before each; the spread is half their range. TFLOP/s are of "
             "computed tiles. Difference: of an output from that of the first row with the same tiles, relative, in "
-            f"every {SAMPLE}th row"
+            f"one row of {SAMPLE}"
         )
 
     @property

@@ -132,7 +132,7 @@ def test_plan_writes_the_parts_and_their_share(tmp_path):
 
 def test_prefill_measures_a_decoder_and_suggests_min_tokens(tmp_path):
     measurement = PrefillBench(
-        (512,), (0.5, None), layers=1, against=("flash",), device="cpu", repeats=1, inner="eager", config=TINY
+        (512,), (0.5,), layers=1, against=("flash",), device="cpu", repeats=1, inner="eager", config=TINY
     )
     steps = []
     figure = Figure.begin(measurement.title, measurement.notes, "cpu")
@@ -140,14 +140,13 @@ def test_prefill_measures_a_decoder_and_suggests_min_tokens(tmp_path):
         figure.rows += rows
     assert len(steps) == measurement.steps
     prefill = {row["attention"]: row for row in figure.tables["prefill"]}
-    assert list(prefill) == ["Inductor, flash", OURS_DENSE, "ours, auto, at most 0.5", "ours, auto"]
+    assert list(prefill) == ["Inductor, flash", OURS_DENSE, "ours, auto, at most 0.5"]
     assert all(row["ms"] > 0 for row in prefill.values()), prefill
     assert prefill[OURS_DENSE]["density"] == 1.0
     assert prefill["ours, auto, at most 0.5"]["density"] < 1.0
-    assert [row["min_tokens"] for row in figure.tables["shortest sparse prefill"]] in (
-        [a, b] for a in (None, 512) for b in (None, 512)
-    )
-    assert "ours, auto: " in measurement.summary(figure.rows)
+    (suggested,) = figure.tables["shortest sparse prefill"]
+    assert suggested["min_tokens"] in (None, 512)
+    assert "ours, auto, at most 0.5: " in measurement.summary(figure.rows)
     save_plot(measurement, figure, tmp_path / "prefill.png")
     assert (tmp_path / "prefill.png").stat().st_size
 
