@@ -179,7 +179,7 @@ class KernelsBench:
         """As in Measurement."""
         parts = []
         for row in rows:
-            if row["table"] == ATTENTION and row["attention"] == OURS and "of the dense rate" in row:
+            if row.get("table") == ATTENTION and row["attention"] == OURS and "of the dense rate" in row:
                 parts.append(f"{row['of the dense rate']:.2f}x at {row['tokens']} tokens and density {row['density']}")
         return (
             f"Rate of our kernel on the tiles it computes, over torch's dense one: {'; '.join(parts)}." if parts else ""
@@ -187,7 +187,7 @@ class KernelsBench:
 
     def draw(self, rows: list[Row], pyplot: Any) -> Any:
         """TFLOP/s over density, one panel for each length, head dim and dtype; dense attention as a level."""
-        rows = [row for row in rows if row["table"] == ATTENTION and "TFLOP/s" in row]
+        rows = [row for row in rows if row.get("table") == ATTENTION and "TFLOP/s" in row]
         keys = ("tokens", "head dim", "dtype")
         panels = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
         names = list(dict.fromkeys(row["attention"] for row in rows))

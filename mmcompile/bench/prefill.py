@@ -164,7 +164,7 @@ class PrefillBench:
         """As in Measurement."""
         parts = []
         for row in rows:
-            if row["table"] == SHORTEST_SPARSE:
+            if row.get("table") == SHORTEST_SPARSE:
                 length = row["min_tokens"]
                 won = (
                     "not at any length measured" if length is None else f"from {length} tokens on: min_tokens={length}"
@@ -174,7 +174,7 @@ class PrefillBench:
 
     def draw(self, rows: list[Row], pyplot: Any) -> Any:
         """Time for each 1024 tokens over the length: a level where time grows with the length alone."""
-        rows = [row for row in rows if row["table"] == PREFILL and "ms" in row]
+        rows = [row for row in rows if row.get("table") == PREFILL and "ms" in row]
         figure, axis = pyplot.subplots(figsize=(7, 4))
         for name in dict.fromkeys(row["attention"] for row in rows):
             points = [row for row in rows if row["attention"] == name]
