@@ -32,7 +32,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, TileWalk, float], Tensor]
 ATTENTION, GROWTH, COPIES = TABLES = ("attention", "growth", "copies")
 OURS, FLEX = "ours", "FlexAttention, same plan"
 GROWTH_TILES = 16  # of each query tile, whatever the length
-LEAD = 0.5  # ms; every contender's launch takes the host less
+LEAD = 2.0  # ms; every contender's launch takes the host less, FlexAttention's guards the longest
 SAMPLE = 61  # every such row of an output is compared; odd, so that all places in a tile come up
 
 _OPS = torch.ops.mminference
