@@ -42,7 +42,7 @@ lint: $(READY)
 
 # mypy and import-linter walk folders, so they need the three floors laid out as one package.
 # The folders themselves are named too: a file that is taken away must go from there as well.
-$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py passes/*.py kernels/*.py) mmcompile passes kernels pyproject.toml
+$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py mmcompile/bench/*.py passes/*.py kernels/*.py) mmcompile mmcompile/bench passes kernels pyproject.toml
 	@rm -rf build $@
 	@$(PY) -m pip install -q --no-deps --no-build-isolation --target $@ .
 	@rm -rf build
@@ -63,6 +63,11 @@ interpreter: $(READY)
 gpu: $(READY)
 	$(PY) -m pytest -m gpu
 	@mkdir -p $(OUT)
+	$(PY) -m mmcompile bench kernels --out $(OUT)/kernels.json --plot $(OUT)/kernels.png
+	$(PY) -m mmcompile bench kernels --device cpu --tokens 16384 --density 0.1 --dtype fp32,bf16 --repeats 3 \
+		--table attention --out $(OUT)/kernels_cpu.json
+	$(PY) -m mmcompile bench plan --out $(OUT)/plan.json --plot $(OUT)/plan.png
+	$(PY) -m mmcompile bench prefill --out $(OUT)/prefill.json --plot $(OUT)/prefill.png
 	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \
 		name=$$(basename $$file .py); \
 		echo "$(PY) $$file --out $(OUT)/$$name.json"; \

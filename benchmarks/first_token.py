@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from figure import Figure
-from repeated_heads import REPEATED_HEADS
 from rich.progress import track
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import mmcompile
+from mmcompile.bench.figure import Figure
+from mmcompile.bench.repeated_heads import REPEATED_HEADS
+from mmcompile.bench.timing import time_call
 
 IMAGE, VIDEO, START, END = 151655, 151656, 151652, 151653
 TEXT = 64  # tokens of text before and after the video
@@ -180,17 +181,6 @@ def build(model: Model, layers: int | None, device: str) -> Any:
         return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def seconds(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and half the range of the calls' wall-clock times."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times), (max(times) - min(times)) / 2
-
-
 def encoder(model: Any, inputs: Inputs) -> Callable[[], object]:
     """A call that runs the vision tower and projector alone."""
     given = {name: value for name, value in inputs.items() if "pixel" in name or "grid" in name}
@@ -210,13 +200,12 @@ def measure(model: Any, inputs: Inputs, repeats: int) -> dict[str, float]:
     torch.cuda.synchronize()
     first = time.perf_counter() - begin
     torch.cuda.reset_peak_memory_stats()
-    whole, spread = seconds(call, repeats)
-    vision, _ = seconds(encoder(model, inputs), repeats)
+    whole, vision = (time_call(one, "cuda", repeats) for one in (call, encoder(model, inputs)))
     return {
-        "first token s": round(whole, 3),
-        "spread s": round(spread, 3),
-        "vision s": round(vision, 3),
-        "text s": round(whole - vision, 3),
+        "first token s": round(whole.ms / 1e3, 3),
+        "first token s spread": round(whole.spread / 1e3, 3),
+        "vision s": round(vision.ms / 1e3, 3),
+        "text s": round((whole.ms - vision.ms) / 1e3, 3),
         "first call s": round(first, 1),
         "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
     }
@@ -260,6 +249,7 @@ def main() -> None:
             )
             print(figure.rows[-1], flush=True)
         figure.save(arguments.out)
+        print(f"wrote {arguments.out}; `make figures` puts its table into README.md")
         del model, inputs
         torch.compiler.reset()
         gc.collect()

@@ -9,25 +9,23 @@ these last ones alone too, because the first queries have the longest outputs an
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from figure import Figure
 from planted_heads import Boundaries, Planted, planted_mass, sample_rows, softmax_rows, video_like_mixture
 from rich.progress import track
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from mmcompile.bench.dense import BASELINE, dense_calls
+from mmcompile.bench.figure import Figure
+from mmcompile.bench.timing import Times, time_call
 from mmcompile.kernels.attend import plan_attention
 from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.options import AUTO_PATTERN
 
 ROWS, LAST = 512, 64  # sampled queries, the last ones among them
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,6 @@ class Run:
     recall: float | None = None
 
 
-AUTO = HeadPattern("top_p", order="auto", columns=2048)  # what patterns="auto" means
 RUNS = (
     Run("dense", HeadPattern("dense"), density=1.0),
     Run("A-shape", HeadPattern("a_shape", sink=128, local=4096)),
@@ -54,38 +51,11 @@ RUNS = (
     Run("block top-p sampled", HeadPattern("top_p"), density=0.05),
     Run("block top-p sampled by site", HeadPattern("top_p", order="site"), density=0.05),
     Run("columns", HeadPattern("columns", columns=1024)),
-    Run("auto, 1 %", AUTO, density=0.01, recall=1.0),
-    Run("auto, 2 %", AUTO, density=0.02, recall=1.0),
-    Run("auto, 5 %", AUTO, density=0.05, recall=1.0),
-    Run("auto, 10 %", AUTO, density=0.1, recall=1.0),
+    Run("auto, 1 %", AUTO_PATTERN, density=0.01, recall=1.0),
+    Run("auto, 2 %", AUTO_PATTERN, density=0.02, recall=1.0),
+    Run("auto, 5 %", AUTO_PATTERN, density=0.05, recall=1.0),
+    Run("auto, 10 %", AUTO_PATTERN, density=0.1, recall=1.0),
 )
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Median and half the range of some calls, in ms."""
-
-    ms: float
-    spread: float
-
-
-def timed(call: Callable[[], Result], device: torch.device, repeats: int) -> tuple[Result, Timed]:
-    """The result of a call, and its time after one call to warm up: device events on a GPU, the clock on a CPU."""
-    result = call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begin) * 1e3)
-    return result, Timed(statistics.median(times), (max(times) - min(times)) / 2)
 
 
 def run_pattern(
@@ -97,26 +67,16 @@ def run_pattern(
     density: float | None,
     recall: float | None,
     repeats: int = 5,
-) -> tuple[Tensor, list[float], Timed, Timed]:
+) -> tuple[Tensor, list[float], Times, Times]:
     """One pattern for every head: output [1, H, S, D], density of each head, and the times of the plan and of the
     rest. The plan's holds the arrangement and the permutation of the keys, the rest's that of queries and values."""
     options = {"density": density, "recall": recall}
-    planned, plan_time = timed(
-        lambda: plan_attention(query, key, pattern, boundaries, **options), query.device, repeats
-    )
-    output, attention_time = timed(lambda: planned.attend(query, value), query.device, repeats)
+    planned = plan_attention(query, key, pattern, boundaries, **options)
+    output = planned.attend(query, value)
+    device = query.device.type
+    plan_time = time_call(lambda: plan_attention(query, key, pattern, boundaries, **options), device, repeats)
+    attention_time = time_call(lambda: planned.attend(query, value), device, repeats)
     return output, planned.of_heads(planned.density)[0].tolist(), plan_time, attention_time
-
-
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, repeats: int) -> Timed:
-    """Torch's causal attention, by cuDNN on a GPU."""
-    backends = [SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(backends):
-        return timed(
-            lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True),
-            query.device,
-            repeats,
-        )[1]
 
 
 def references(planted: Planted, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +100,7 @@ def table_row(
     density: list[float],
     output: Tensor,
     dense: Tensor,
-    times: dict[str, Timed] | None = None,
+    times: dict[str, Times] | None = None,
 ) -> dict[str, Any]:
     """One pattern. output, dense: [H, R, D]; density: of each head. Errors of all heads together and of each kind."""
     kinds = [head.name for head in planted.plant.heads]
@@ -150,7 +110,7 @@ def table_row(
         line[f"error, {kind} heads"] = relative_error(output[chosen], dense[chosen])
     line[f"error, last {LAST} queries"] = relative_error(output[:, -LAST:], dense[:, -LAST:])
     for what, measured in (times or {}).items():
-        line |= {f"{what} ms": round(measured.ms, 3), f"{what} ms spread": round(measured.spread, 3)}
+        line |= measured.columns(f"{what} ms")
     print(line, flush=True)
     return line
 
@@ -228,10 +188,9 @@ def main() -> None:
     alone = torch.where(alone.isnan(), dense, alone)
     share = truth.planted_keys.nan_to_num(1.0).mean(1).tolist()
     figure.rows.append(table_row("planted keys alone", planted, share, alone, dense))
-    times = dense_attention(*tensors, arguments.repeats)
-    library = "torch SDPA, cuDNN" if planted.query.is_cuda else "torch SDPA"
-    measured = {"attention ms": round(times.ms, 3), "attention ms spread": round(times.spread, 3)}
-    figure.rows.append({"pattern": library, "density": 1.0} | measured)
+    library = BASELINE[planted.query.device.type]
+    times = time_call(dense_calls(*tensors)[library], planted.query.device.type, arguments.repeats)
+    figure.rows.append({"pattern": library, "density": 1.0} | times.columns("attention ms"))
     for run in track(RUNS, "patterns"):
         output, density, planning, attention = run_pattern(
             *tensors, planted.boundaries, run.pattern, run.density, run.recall, arguments.repeats
@@ -239,6 +198,7 @@ def main() -> None:
         measured = {"plan": planning, "attention": attention}
         figure.rows.append(table_row(run.name, planted, density, output[0, :, rows], dense, measured))
     figure.save(arguments.out)
+    print(f"wrote {arguments.out}; `make figures` puts its table into README.md")
     if arguments.plot:
         plot(figure.rows, arguments.plot, f"{arguments.tokens} tokens, planted video-like heads")
 

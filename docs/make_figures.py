@@ -4,7 +4,8 @@ Between `<!-- figure: NAME -->` and `<!-- end figure -->` stands a table made fr
 that no number in the README is typed by hand. `--check` changes nothing and fails where one is out of date.
 
 The JSON holds `title`, `command`, `commit`, `versions` (name to version), `device`, `rows` (a list of column
-to value) and `notes`. A column `X spread` is folded into column `X` as a value with its spread.
+to value) and `notes`. A column `X spread` is folded into column `X` as a value with its spread. Rows with a column
+`table` make a table of that name each.
 """
 
 import argparse
@@ -40,11 +41,17 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def markdown(figure: dict[str, Any]) -> str:
-    """Title, table, and how it was made."""
-    rows = [_fold_spread(row) for row in figure["rows"]]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [f"**{figure['title']}**", "", _line(columns), _line(["---"] * len(columns))]
-    lines += [_line([row.get(column, "") for column in columns]) for row in rows]
+    """Title, tables, and how they were made."""
+    tables: dict[str, list[dict[str, str]]] = {}
+    for row in figure["rows"]:
+        rest = {column: value for column, value in row.items() if column != "table"}
+        title = f"{figure['title']}: {row['table']}" if "table" in row else figure["title"]
+        tables.setdefault(title, []).append(_fold_spread(rest))
+    lines: list[str] = []
+    for title, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        lines += [*([""] if lines else []), f"**{title}**", "", _line(columns), _line(["---"] * len(columns))]
+        lines += [_line([row.get(column, "") for column in columns]) for row in rows]
     versions = ", ".join(f"{name} {version}" for name, version in figure["versions"].items())
     lines += [
         "",

@@ -5,23 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import transformers
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.markup import escape
 
+from mmcompile.bench.command import bench
+from mmcompile.console import out, progress_console, steps, write
 from mmcompile.errors import MMCompileError
 
 app = typer.Typer(
@@ -31,8 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console()
-progress_console = Console(stderr=True)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -40,7 +31,7 @@ def main() -> None:
     try:
         app()
     except MMCompileError as error:
-        progress_console.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        progress_console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
 
 
@@ -68,7 +59,7 @@ def demo(
     from mmcompile import demo as shown
     from mmcompile.demo_tables import decisions_table, runs_table
 
-    with _steps(shown.step_count()) as step:
+    with steps(shown.step_count()) as step:
         result = shown.run(video, frames=frames, tokens=tokens_max, inner=inner, step=step)
     out.print(decisions_table(result.report))
     out.print(runs_table(result))
@@ -78,7 +69,7 @@ def demo(
             "python3-dev installed, Inductor compiles them, as it does in real use."
         )
     if json_path is not None:
-        _write(json_path, json.dumps(result.to_dict(), indent=2))
+        write(json_path, json.dumps(result.to_dict(), indent=2))
     if not result.exact:
         raise MMCompileError(
             f"with every tile computed the answer must be dense attention's, and differs by "
@@ -112,7 +103,7 @@ def explain(
     from mmcompile.huggingface import example_inputs, load_model
     from mmcompile.video import read_frames
 
-    with _steps(3) as step:
+    with steps(3) as step:
         step(f"load {model}")
         loaded = load_model(model, dtype=dtype, device=device)
         step("make a prompt")
@@ -156,7 +147,7 @@ def doctor(
     from mmcompile.tiny_config import load_config, tiny_model
 
     ways, checks = way or WAYS, check or CHECKS
-    with _steps(2 + len(ways) * len(checks)) as step:
+    with steps(2 + len(ways) * len(checks)) as step:
         step(f"load {model}")
         patient = tiny_model(load_config(model)) if tiny else load_model(model)
         step("make prompts")
@@ -166,38 +157,7 @@ def doctor(
     out.print(f"prompts: {made.told}", highlight=False, markup=False)
     if json_path is not None:
         found = {"model": model, "tiny": tiny, "prompts": made.told} | diagnosis.to_dict()
-        _write(json_path, json.dumps(found, indent=2))
+        write(json_path, json.dumps(found, indent=2))
     out.print(diagnosis.advice(), highlight=False)
     if not diagnosis.healthy:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _steps(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar of named steps on stderr; the yielded function begins the next one."""
-    columns = (
-        SpinnerColumn(),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=progress_console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        begun = False
-
-        def step(name: str) -> None:
-            nonlocal begun
-            progress.update(task, description=name, advance=1 if begun else 0)
-            begun = True
-
-        yield step
-        progress.update(task, completed=total)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text + "\n")
-    except OSError as error:
-        raise MMCompileError(f"{path}: cannot be written ({error.strerror})") from error
-    out.print(f"wrote {path}", highlight=False)

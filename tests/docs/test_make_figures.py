@@ -55,6 +55,14 @@ def test_table_replaces_what_stood_there_and_again_changes_nothing(page):
     assert run(page.parent, "--check", str(page)).returncode == 0
 
 
+def test_rows_that_name_a_table_make_one_each(page):
+    rows = [{"table": "long", "ms": 2}, {"table": "short", "runs": 3}, {"table": "long", "ms": 4}]
+    (page.parent / "times.json").write_text(json.dumps(FIGURE | {"rows": rows}))
+    assert run(page.parent, str(page)).returncode == 0
+    long, short = "| ms |\n| --- |\n| 2 |\n| 4 |\n", "| runs |\n| --- |\n| 3 |\n"
+    assert f"**Times: long**\n\n{long}\n**Times: short**\n\n{short}\na card;" in page.read_text()
+
+
 def test_check_fails_where_out_of_date_and_changes_nothing(page):
     before = page.read_text()
     assert run(page.parent, "--check", str(page)).returncode == 1

@@ -1,0 +1,1 @@
+"""Measurements: `python -m mmcompile bench kernels|plan|prefill`, and what makes their figures."""
