@@ -1,4 +1,4 @@
-"""The ops of one attention in their order, for eager use: arrange, permute, plan, attend, unpermute.
+"""The ops of one attention in their order, for eager use: arrange, permute the keys, plan, attend.
 
 The compiled graph holds the same calls, made by `passes/rewrite_attention.py`.
 """
@@ -50,10 +50,7 @@ class Planned(NamedTuple):
         """query: [B, H, Sq, D], value: [B, KV, Sk, D]. Returns [B, H, Sq, D] in [B, Sq, H, D] memory."""
         heads, row = query.shape[1], self.rows.of_head
         value = _in_orders(value, self.arrangement.key_order, self.copies, self.orders[1])
-        permutes = self.orders[0] != _RASTER
-        if permutes:
-            query = _OPS.permute(query, self.arrangement.query_order, self.lists.query_row, range(heads), row)
-        output = _OPS.block_sparse_attention(
+        return _OPS.block_sparse_attention(
             query,
             self.key,
             value,
@@ -67,8 +64,9 @@ class Planned(NamedTuple):
             False,
             False,
             0,
+            False,
+            None if self.orders[0] == _RASTER else self.arrangement.query_order,
         )
-        return _OPS.unpermute(output, self.arrangement.query_order, self.lists.query_row, row) if permutes else output
 
 
 def plan_attention(

@@ -17,6 +17,7 @@ from mmcompile.kernels import block_sparse_hopper
 from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim, takes_descriptors
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.permute import permute, unpermute
 from mmcompile.kernels.tile_walk import MAX_WINDOW, TileWalk
 
 # Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
@@ -274,11 +275,18 @@ def _attention_kernel(
     tl.store(target, result.to(output.dtype.element_ty), mask=inside)
 
 
-def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> Tensor:
-    """The op of that name for CUDA tensors; shapes as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, query_order: Tensor | None = None
+) -> Tensor:
+    """The op of that name for CUDA tensors; arguments as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    if query.numel() and key.numel() and block_sparse_hopper.runs(query, key, value, walk.columns.shape[2]):
-        return block_sparse_hopper.launch(query, key, value, walk, scale)
+    hopper = query.numel() and key.numel() and block_sparse_hopper.runs(query, key, value, walk.columns.shape[2])
+    if query_order is not None and not (hopper and query.shape[2] >= block_sparse_hopper.FOLDS_FROM):
+        query = permute(query, query_order, walk.query_row, range(query.shape[1]), walk.head_plan)
+        output = block_sparse_attention(query, key, value, walk, scale)
+        return unpermute(output, query_order, walk.query_row, walk.head_plan)
+    if hopper:
+        return block_sparse_hopper.launch(query, key, value, walk, scale, query_order)
     descriptors = takes_descriptors(key) and takes_descriptors(value)
     return launch(query, key, value, walk, scale, attention_config(query), descriptors)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.permute_cpu import permute, unpermute
 from mmcompile.kernels.tags import INVALID, INVALID_SPAN, NO_SPAN
 from mmcompile.kernels.tile_walk import TileWalk
 
@@ -23,9 +24,15 @@ STACKED_MASK = 2**22
 Index = slice | list[int]
 
 
-def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> Tensor:
-    """The op of that name for CPU tensors; shapes as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, query_order: Tensor | None = None
+) -> Tensor:
+    """The op of that name for CPU tensors; arguments as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
     batch, heads, query_length, width = query.shape
+    if query_order is not None:
+        query = permute(query, query_order, walk.query_row, range(heads), walk.head_plan)
+        output = block_sparse_attention(query, key, value, walk, scale)
+        return unpermute(output, query_order, walk.query_row, walk.head_plan)
     output = query.new_empty(batch, query_length, heads, width)  # [B, Sq, H, D]
     # Rows past the end attend to whatever their neighbours do, and are dropped; keys past the end nobody sees.
     query_tags = _whole_tiles(walk.query_tags, [0, 0, NO_SPAN])  # [B, Oq, 3, nQ, TILE]

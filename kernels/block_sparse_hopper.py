@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mmcompile.kernels.attention_config import padded_head_dim, takes_descriptors
@@ -33,6 +33,9 @@ from mmcompile.kernels.tile_walk import MAX_WINDOW, TileWalk
 
 # Gluon changes from one version to the next; elsewhere the portable kernel runs.
 MEASURED_ON = ("3.6",)
+# Query tokens from which the kernel itself gathers and scatters rows. Measured on an H200: 128K tokens take 5.12 ms
+# where permute, kernel and unpermute take 6.04; at 32K one warp's gathering costs what the two copies do.
+FOLDS_FROM = 65536
 MOST_COLUMNS = 8192  # of a plan row; they are gathered for each head, which for many more would take the keys' own room
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -48,9 +51,11 @@ class Shape(NamedTuple):
 
 # Keyed on the padded head dim. Measured on an H200; 227 KiB of shared memory hold no more.
 SHAPES = {64: Shape(128, 4, 2), 128: Shape(128, 2, 2), 256: Shape(64, 2, 1)}
-CONSUMER_REGISTERS, OTHER_REGISTERS = gl.constexpr(232), gl.constexpr(40)
+CONSUMER_REGISTERS, OTHER_REGISTERS = gl.constexpr(216), gl.constexpr(72)
 BLOCK_M = gl.constexpr(TILE)
 ROWS = gl.constexpr(TILE // 2)  # query rows of one of the two groups that attend
+
+COPIED = gl.constexpr(16)  # query rows whose addresses a warp holds at once
 
 # What `_schedule` tells the other warps of an item.
 ITEM, PLAN, QUERY_ROW, COPY, FIRST_TILE, FULL, TILE_STEPS, STEPS, FIRST_COLUMN = [gl.constexpr(i) for i in range(9)]
@@ -87,8 +92,31 @@ def _place(item, sizes):
 
 
 @gluon.jit
+def _gather_queries(source, row_stride, order, first, length, buffers, slot, D: gl.constexpr, BLOCK_D: gl.constexpr):
+    """The queries of an item, row by row from where their tokens stand."""
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [1, 1], [1, 0])  # 16 bytes each
+    column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, COPY))
+    for half in gl.static_range(2):
+        for part in gl.static_range(ROWS // COPIED):
+            row = first + half * ROWS + part * COPIED + gl.arange(0, COPIED, layout=gl.SliceLayout(1, COPY))
+            token = gl.load(order + row, mask=row < length, other=0).to(gl.int64)
+            into = buffers.index(slot * 2 + half).reshape([ROWS, BLOCK_D]).slice(part * COPIED, COPIED)
+            # Rows start at 16 bytes, as the bulk copy engine wants it too.
+            pointers = source + (token * row_stride)[:, None] + column[None, :]
+            pointers = gl.max_contiguous(gl.multiple_of(pointers, [16, 16]), [1, 8])
+            async_copy.async_copy_global_to_shared(into, pointers, (row < length)[:, None] & (column < D)[None, :])
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    # The matrix units read shared memory by another way than these copies write it.
+    hopper.fence_async_shared()
+
+
+@gluon.jit
 def _schedule(
     query,
+    source,
+    source_strides,
+    order,
     lists,
     tags,
     counter,
@@ -98,12 +126,15 @@ def _schedule(
     programs,
     buffers,
     barriers,
+    D: gl.constexpr,
+    BLOCK_D: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SLOTS: gl.constexpr,
     QUERIES: gl.constexpr,
     COLUMNS: gl.constexpr,
     SEGMENTS: gl.constexpr,
     SPANS: gl.constexpr,
+    ORDERED: gl.constexpr,
 ):
     """Items in turn: where their lists are, their queries, and the tags of the queries and of the keys to be masked."""
     query_row, key_row, counts, tiles, columns, cold, head_plan, key_head = lists
@@ -153,14 +184,23 @@ def _schedule(
         fields = _put(fields, FIRST_COLUMN, first_column, entry)
         turn_slot = turn % QUERIES
         _wait_empty(query_empty, turn, QUERIES)
-        mbarrier.expect(query_full.index(turn_slot), 2 * query.block_type.nbytes)
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                query,
-                [batch, head, block * BLOCK_M + half * ROWS, 0],
-                query_full.index(turn_slot),
-                queries.index(turn_slot * 2 + half),
+        if ORDERED:
+            batch_stride, head_stride, row_stride = source_strides
+            its_source = source + batch.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+            its_order = order + (batch.to(gl.int64) * query_orders + query_order) * query_length
+            _gather_queries(
+                its_source, row_stride, its_order, block * BLOCK_M, query_length, queries, turn_slot, D, BLOCK_D
             )
+            mbarrier.arrive(query_full.index(turn_slot))
+        else:
+            mbarrier.expect(query_full.index(turn_slot), 2 * query.block_type.nbytes)
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    query,
+                    [batch, head, block * BLOCK_M + half * ROWS, 0],
+                    query_full.index(turn_slot),
+                    queries.index(turn_slot * 2 + half),
+                )
         its_query_tags = query_tags + (batch.to(gl.int64) * query_orders + query_order) * 3 * query_length
         row = block * BLOCK_M + row_entry
         # A row past the end sees nothing: no key lies at or before position -1.
@@ -551,6 +591,7 @@ def _barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
 )
 def _attention_kernel(
     query,
+    source,
     key,
     value,
     column_key,
@@ -568,6 +609,9 @@ def _attention_kernel(
     head_plan,
     key_head,
     counter,
+    batch_stride,
+    head_stride,
+    row_stride,
     batches,
     heads,
     plans,
@@ -630,11 +674,12 @@ def _attention_kernel(
                 BLOCK_N, STAGES, QUERIES, COLUMNS,
             )),
             (_schedule, (
-                query, (query_row, key_row, counts, tiles, columns, cold, head_plan, key_head), (query_tags, key_tags),
+                query, source, (batch_stride, head_stride, row_stride), order,
+                (query_row, key_row, counts, tiles, columns, cold, head_plan, key_head), (query_tags, key_tags),
                 counter, sizes, (query_length, key_length),
                 (plans, query_orders, key_orders, tile_entries, column_entries), programs,
                 (queries, info, row_tags, slot_tags), (query_full, query_empty, tags_full, tags_empty),
-                BLOCK_N, SLOTS, QUERIES, COLUMNS, SEGMENTS, SPANS,
+                D, BLOCK_D, BLOCK_N, SLOTS, QUERIES, COLUMNS, SEGMENTS, SPANS, ORDERED,
             )),
         ],
         [4, 1, 1],
@@ -667,10 +712,7 @@ def _measured(device: torch.device) -> bool:
 def launch(
     query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, query_order: Tensor | None = None
 ) -> Tensor:
-    """Attention of queries in slot order; [B, H, Sq, D] in [B, Sq, H, D] memory.
-
-    query_order: int32 [B, Oq, Sq], slot -> token; rows of the result are tokens then, else slots.
-    """
+    """[B, H, Sq, D] in [B, Sq, H, D] memory. query_order: as in the op."""
     batch, heads, query_length, width = query.shape
     padded = padded_head_dim(width)
     shape = SHAPES[padded]
@@ -683,6 +725,7 @@ def launch(
     with torch.cuda.device_of(query):
         _attention_kernel[(programs,)](
             _descriptor(query, int(ROWS), padded),
+            query,
             *(_descriptor(tensor, shape.block_n, padded) for tensor in (key, value, *gathered)),
             output,
             walk.query_row if query_order is None else query_order.contiguous(),
@@ -690,6 +733,7 @@ def launch(
             head_plan,
             key_head,
             torch.zeros(1, dtype=torch.int32, device=query.device),
+            *query.stride()[:3],
             batch,
             heads,
             walk.counts.shape[1],

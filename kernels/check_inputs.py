@@ -31,7 +31,9 @@ def check_unpermute(x: Tensor, order: Tensor, rows: Tensor | None, row: Sequence
     _check_row(row, order, rows)
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> None:
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, query_order: Tensor | None = None
+) -> None:
     """Raises ValueError unless `block_sparse_attention` can run. Shapes as in the op."""
     _check_rank("query", query, 4, "[B, H, Sq, D]")
     _check_rank("key", key, 4, "[B, C, Sk, D]")
@@ -47,6 +49,11 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, s
     key_orders, plans = _check_walk(walk, batch, query_length, key_length)
     for name, tensor in (("key", key), ("value", value), *_tensors(walk)):
         _check_device(name, tensor, query)
+    if query_order is not None:
+        _check_rank("query_order", query_order, 3, "[B, Oq, Sq]")
+        _check_shape("query_order", query_order, (batch, walk.query_tags.shape[1], query_length))
+        _check_dtype("query_order", query_order, torch.int32, "slot -> token, as arrange returns it")
+        _check_device("query_order", query_order, query)
     _check_length("head_plan", walk.head_plan, heads, "heads of query")
     _check_indices("head_plan", walk.head_plan, plans, "a row of the plan")
     _check_length("key_head", walk.key_head, heads, "heads of query")

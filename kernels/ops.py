@@ -37,7 +37,8 @@ _UNPERMUTE = "(Tensor x, Tensor order, Tensor? rows, int[] row) -> Tensor"
 _ATTENTION = (
     "(Tensor query, Tensor key, Tensor value, Tensor query_tags, Tensor key_tags, Tensor query_row, Tensor key_row, "
     "Tensor counts, Tensor tiles, Tensor columns, Tensor cold, int[] head_plan, int[] key_head, float scale, "
-    "int? window, bool segments, bool spans, SymInt min_tokens, bool only_causal=False) -> Tensor"
+    "int? window, bool segments, bool spans, SymInt min_tokens, bool only_causal=False, Tensor? query_order=None) -> "
+    "Tensor"
 )
 
 _DEVICES = ("cpu", "cuda")
@@ -214,11 +215,14 @@ def block_sparse_attention(
     spans: bool,
     min_tokens: int,
     only_causal: bool = False,
+    query_order: Tensor | None = None,
 ) -> Tensor:
     """softmax(query key^T * scale) value over the tiles and single keys that a plan lists; 0 where a row has no key.
 
     query: [B, H, Sq, D], key and value: [B, C, Sk, D], bfloat16, float16 or float32, any strides, in the slot
         order of their plan rows. Products accumulate in float32.
+    query_order: None, or int32 [B, Oq, Sq] from `arrange`: then queries and result lie in token order instead, as
+        `permute` before and `unpermute` after would have it.
     query_tags, key_tags: from `arrange`. query_row, key_row, counts, tiles, columns, cold: from `plan`, the op.
     window, segments, spans: the parts of the element mask.
     head_plan: the plan row of each of the H heads. key_head: the copy of its keys in the first key order; the others
@@ -230,11 +234,11 @@ def block_sparse_attention(
     """
     lists = (query_tags, key_tags, query_row, key_row, counts, tiles, columns, cold)
     walk = TileWalk(*lists, tuple(head_plan), tuple(key_head), window, segments, spans)
-    check_attention(query, key, value, walk, scale)
+    check_attention(query, key, value, walk, scale, query_order)
     if key.shape[2] < min_tokens:
         dense = causal_attention if only_causal else dense_attention
-        return dense(query, key, value, walk, scale)
-    return _executor(query.device).block_sparse_attention(query, key, value, walk, scale)
+        return dense(query, key, value, walk, scale)  # so short a prompt is arranged in token order
+    return _executor(query.device).block_sparse_attention(query, key, value, walk, scale, query_order)
 
 
 @block_sparse_attention.register_fake

@@ -65,7 +65,7 @@ def run_passes(
         "rewrite_attention: %d sites on %d plans and %d arrangements", len(sparse), result.plans, result.arrangements
     )
     if "fold_permutations" not in disable:
-        log.info("fold_permutations: %d pairs", fold_permutations(copy))
+        log.info("fold_permutations: %d attentions take tokens in their order", fold_permutations(copy))
     _append_outputs(copy, [node for _, plan in result.planned for node in (plan.density, plan.recall)])
     copy.graph.lint()
     copy.recompile()

@@ -169,6 +169,26 @@ def test_short_keys_run_dense():
         assert_as_exact_as_torch(output, inputs, mask, walk)
 
 
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("length", [1, 700, 66_000])
+def test_queries_in_token_order(width, length, poisoned_memory):
+    """As permute, attention and unpermute give it; from 65,536 tokens on the Hopper kernel gathers and scatters."""
+    batch, heads = (2, 6) if length < 1000 else (1, 2)
+    query, key, value = (
+        torch.randn(batch, count, length, width, device="cuda", dtype=torch.bfloat16) for count in (heads, 2, 2)
+    )
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    segment = torch.tensor([0, length // 3, length]), torch.tensor([0, 2]), torch.tensor([[0, 0, 0], [0, 0, 16]])
+    boundaries = tuple(part.to("cuda", torch.int32) for part in segment)
+    pattern = HeadPattern("a_shape", sink=64, local=512, boundary="q")
+    planned = plan_attention(query, key, pattern, boundaries)
+    order, rows, row = planned.arrangement.query_order, planned.lists.query_row, planned.rows.of_head
+    there = OPS.permute(query, order, rows, range(heads), row)
+    walk = TileWalk(*planned.arrangement[2:4], *planned.lists, row, planned.copies.of_head(heads), None, False, False)
+    expected = OPS.unpermute(attend([there, planned.key, value], walk, planned.scale), order, rows, row)
+    assert torch.equal(planned.attend(query, value), expected)
+
+
 def test_strides_that_no_bulk_copy_takes():
     case = replace(CASE, width=64)
     walk, (query, key, value) = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")

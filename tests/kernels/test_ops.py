@@ -45,7 +45,7 @@ ESTIMATED = (
 def attention_arguments(case: WalkCase, dtype: torch.dtype = torch.float32, min_tokens: int = 0) -> list:
     walk = case.walk()
     maps = [list(walk.head_plan), list(walk.key_head), case.width**-0.5]
-    return [*case.inputs(dtype), *walk[:8], *maps, *walk[10:], min_tokens, False]
+    return [*case.inputs(dtype), *walk[:8], *maps, *walk[10:], min_tokens, False, None]
 
 
 def random_orders(batch: int, rows: int, length: int) -> torch.Tensor:
@@ -251,12 +251,17 @@ def test_arranged_planned_and_attended_at_density_one_is_dense():
     back = OPS.unpermute(output, query_order, query_row, rows.of_head)
     torch.testing.assert_close(back, scaled_dot_product_attention(query, key, value, is_causal=True))
     assert (density >= 1).all()
+    in_token_order = OPS.block_sparse_attention(
+        query, keys, values, *tags, query_row, *lists, *maps, 0, False, query_order
+    )
+    assert torch.equal(in_token_order, back)
+    assert in_token_order.stride() == back.stride()
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_a_short_causal_prefill_makes_no_mask_and_is_the_same(heads):
     case = WalkCase(heads=4, copies=heads)
-    *arguments, _ = attention_arguments(case, min_tokens=1000)  # all but only_causal
+    *arguments, _, _ = attention_arguments(case, min_tokens=1000)  # all but only_causal and query_order
     with_mask, without = (OPS.block_sparse_attention(*arguments, only) for only in (False, True))
     torch.testing.assert_close(without, with_mask)
     assert without.stride() == with_mask.stride()
@@ -306,6 +311,8 @@ ATTENTION = [argument.name for argument in OPS.block_sparse_attention.default._s
         ("columns", torch.zeros(1, 1, 4).int(), "cold has shape [1, 1, 0]; [1, 1, 200] fits"),
         ("cold", torch.ones(1, 1, 200).bool(), "cold has shape [1, 1, 200]; [1, 1, 0] fits"),
         ("cold", torch.ones(1, 1, 0), "cold has dtype torch.float32; torch.bool, what plan returns"),
+        ("query_order", torch.zeros(1, 1, 201).int(), "query_order has shape [1, 1, 201]; [1, 1, 200] fits"),
+        ("query_order", torch.zeros(1, 1, 200), "query_order has dtype torch.float32; torch.int32, slot -> token"),
         ("head_plan", [0], "head_plan has 1 entries; 2, one for each of the heads of query"),
         ("head_plan", [0, 1], "head_plan[1]=1 is not a row of the plan; from 0 to 0"),
         ("key_head", [0, 2], "key_head[1]=2 is not a head of key; from 0 to 0"),

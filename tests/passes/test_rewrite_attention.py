@@ -71,13 +71,12 @@ def test_grouped_queries_permute_queries_and_output_alone():
     assert op_count(module, OPS.permute.default) == op_count(module, OPS.unpermute.default) == 2
 
 
-def test_permutations_that_undo_each_other_are_folded():
-    # The first attention's output is the second's query as it is, in the same order.
+def test_permutations_of_queries_and_outputs_are_folded_into_the_attention():
+    # The first attention's output is the second's query as it is.
     unfolded = run_passes(captured(), Q_BY_MODALITY, disable=["fold_permutations"]).module
     folded = run_passes(captured(), Q_BY_MODALITY).module
-    assert op_count(folded, OPS.permute.default) == op_count(unfolded, OPS.permute.default) - 1
-    # Its keys and values come from the unpermuted output, which must stay.
-    assert op_count(folded, OPS.unpermute.default) == 2
+    assert op_count(folded, OPS.permute.default, OPS.unpermute.default) == 0
+    assert op_count(folded, OPS.block_sparse_attention.default) == 2
     x = heads_of_one()
     boundaries = (
         torch.tensor([0, 90, 170, 300]).int(),
@@ -87,12 +86,19 @@ def test_permutations_that_undo_each_other_are_folded():
     torch.testing.assert_close(folded(x, *boundaries)[0], unfolded(x, *boundaries)[0])
 
 
+def test_permutations_of_keys_stay():
+    folded = run_passes(captured(), BY_MODALITY).module
+    unfolded = run_passes(captured(), BY_MODALITY, disable=["fold_permutations"]).module
+    assert op_count(folded, OPS.unpermute.default) == 0
+    assert op_count(folded, OPS.permute.default) == op_count(unfolded, OPS.permute.default) - 2
+
+
 def test_permutations_in_another_order_are_not_folded():
     module = run_passes(captured(), BY_MODALITY, disable=["fold_permutations"]).module
     for node in module.graph.find_nodes(op="call_function", target=OPS.unpermute.default):
-        node.update_arg(2, [0, 0, 0, 1])
+        node.update_arg(3, [0, 0, 0, 1])
     before = op_count(module, OPS.permute.default)
-    fold_permutations(module)
+    assert fold_permutations(module) == 0
     assert op_count(module, OPS.permute.default) == before
 
 
