@@ -687,26 +687,31 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-def runs(query: Tensor, key: Tensor, value: Tensor, columns: int) -> bool:
-    """Whether this kernel was measured on the device and the Triton version at hand, and takes these tensors.
-
-    query: [B, H, Sq, D], key, value: [B, C, Sk, D]. columns: of a plan row, at most.
-    """
-    return (
-        query.dtype in DTYPES
-        and padded_head_dim(query.shape[3]) in SHAPES
-        and columns <= MOST_COLUMNS
-        and _measured(query.device)
-        and all(takes_descriptors(tensor) for tensor in (query, key, value))
-    )
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kernel does not run there; None where it does."""
+    if dtype not in DTYPES:
+        return f"{dtype} has no matrix units that this kernel uses"
+    if padded_head_dim(head_dim) not in SHAPES:
+        return f"head dim {head_dim} was not measured"
+    return _why_not_there(device)
 
 
 @lru_cache
-def _measured(device: torch.device) -> bool:
+def _why_not_there(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return "not a Hopper GPU"
     version = ".".join(triton.__version__.split(".")[:2])
-    if device.type != "cuda" or torch.version.hip or version not in MEASURED_ON:
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    return None if version in MEASURED_ON else f"not measured on Triton {version}"
+
+
+def runs(query: Tensor, key: Tensor, value: Tensor, columns: int) -> bool:
+    """Whether this kernel takes these tensors. query: [B, H, Sq, D], key, value: [B, C, Sk, D]. columns: the most that
+    a plan row may list."""
+    return (
+        why_not(query.device, query.dtype, query.shape[3]) is None
+        and columns <= MOST_COLUMNS
+        and all(takes_descriptors(tensor) for tensor in (query, key, value))
+    )
 
 
 def launch(
