@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers.utils
 from torch import fx, nn
+from transformers.cache_utils import StaticLayer
 
 from mmcompile.backend import mminference
 from mmcompile.encode_first import EncodeFirst, encodes_first
@@ -166,9 +167,21 @@ def _with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Calla
             return model._call_impl(**kwargs)
         boundaries = boundary_tensors_of(config, inputs) if bound_boundaries() is None else None
         with _tracing(without_checks=bool(fits)), nullcontext() if boundaries is None else bind(boundaries):
-            return compiled(*args, **kwargs)
+            outputs = compiled(*args, **kwargs)
+        _keep_addresses(inputs.get("past_key_values"))
+        return outputs
 
     return call
+
+
+def _keep_addresses(cache: Any) -> None:
+    """Say of the tensors of a static cache that they stay where they are: CUDA graphs of decode steps write to no
+    others. transformers says it where it allocates them, but not inside of a prefill that is traced."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, StaticLayer):
+            for tensor in vars(layer).values():
+                if isinstance(tensor, torch.Tensor):
+                    torch._dynamo.mark_static_address(tensor)
 
 
 @contextmanager

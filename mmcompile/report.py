@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from transformers import Cache
 
 from mmcompile.options import Options
+from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.find_attention import find_attention, stack_of
 from mmcompile.passes.graph import copy_graph
@@ -26,12 +27,14 @@ _COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "re
 class Report:
     """The attention sites of one call of a model, in execution order, and the graphs they were found in.
 
-    sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke
+    sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke.
+    no_cuda_graph: of each graph that is left out of CUDA graphs, should a mode turn them on, the reason.
     """
 
     sites: tuple[SiteRecord, ...]
     graph_count: int
     breaks: tuple[str, ...]
+    no_cuda_graph: tuple[str, ...]
 
     @property
     def sparse_count(self) -> int:
@@ -43,6 +46,7 @@ class Report:
         return {
             "graph_count": self.graph_count,
             "breaks": list(self.breaks),
+            "no_cuda_graph": list(self.no_cuda_graph),
             "sparse": self.sparse_count,
             "dense": len(self.sites) - self.sparse_count,
             "sites": [site.to_dict() for site in self.sites],
@@ -67,6 +71,7 @@ class Report:
         return (
             f"{self.sparse_count} sparse, {dense} dense, in {self.graph_count} graphs "
             f"with {len(self.breaks)} graph breaks"
+            + "".join(f"; left out of CUDA graphs: {why}" for why in dict.fromkeys(self.no_cuda_graph))
         )
 
     def __str__(self) -> str:
@@ -145,7 +150,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             torch.compile(model, backend=recorder)(*args, **kwargs)
     finally:
         torch.compiler.reset()
-    return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks))
+    return Report(
+        tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks), tuple(recorder.no_cuda_graph)
+    )
 
 
 def _own_copy(argument: Any) -> Any:
@@ -159,6 +166,7 @@ class _Recorder:
         self.options = options
         self.records: list[SiteRecord] = []
         self.breaks: list[str] = []
+        self.no_cuda_graph: list[str] = []
         self.graph_count = 0
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -166,7 +174,11 @@ class _Recorder:
         reason = getattr(module, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break:
             self.breaks.append(_describe_break(reason))
-        self.records += run_passes(module, **self.options.for_passes).records
+        rewritten = run_passes(module, **self.options.for_passes)
+        self.records += rewritten.records
+        why = why_no_cuda_graph(rewritten)
+        if why is not None:
+            self.no_cuda_graph.append(why)
         return without_attention(module)
 
 

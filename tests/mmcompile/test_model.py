@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.registry import register_backend
+from transformers import StaticCache
 
 import mmcompile
 from mmcompile import HeadPattern, PatternTable
@@ -352,6 +353,18 @@ def test_what_is_no_module_is_one_clear_error():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_symbols_from_the_first_call_on(family):
+    eager, model, inputs = pair(family)
+    mmcompile.compile(model, dynamic=True, **DENSE)  # Dynamo makes a symbol of the scale of attention too
+    for name in ("first", "longer"):
+        assert_close(model(**inputs[name]), eager(**inputs[name]), inputs[name])
+        assert len(mmcompile.stats(model)) == 2
+    if encodes_first(model):
+        assert len(graphs) == 1
+
+
+@torch.no_grad()
 def test_torchs_own_keywords_reach_torch():
     class Breaks(Scaled):
         def forward(self, x):
@@ -381,6 +394,18 @@ def test_a_static_cache_prefills_sparse_and_its_copy_generates(family):
     torch.save(model, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False).generate(**inputs["padded"], **settings), expected)
+
+
+@torch.no_grad()
+def test_a_static_cache_that_a_prefill_allocates_keeps_its_addresses():
+    _, model = qwen()
+    mmcompile.compile(model, **DENSE)
+    cache = StaticCache(config=model.config, max_cache_len=600)
+    model(**short_video(model), past_key_values=cache)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            # What Dynamo reads, and Inductor's CUDA graphs need to write to an input in place.
+            assert tensor._dynamo_static_input_type == "unguarded"
 
 
 @torch.no_grad()
