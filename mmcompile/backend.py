@@ -18,7 +18,7 @@ from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.pipeline import describe_graph, run_passes
-from mmcompile.prefill import CompiledPrefill, tells_boundaries
+from mmcompile.prefill import CompiledPrefill, dense_prefill, tells_boundaries
 from mmcompile.report import describe_records
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,9 @@ def mminference(
         _raise_on_refusal(rewritten.records)
     inner = _inner_compiler(parsed.inner, mode, why_no_cuda_graph(rewritten))
     if rewritten.boundaries is None:
-        return inner(rewritten.module, list(example_inputs))
+        compiled = inner(rewritten.module, list(example_inputs))
+        is_prefill = any(record.phase == "prefill" for record in rewritten.records)
+        return dense_prefill(compiled, module) if is_prefill else compiled
     inputs = [*example_inputs, *rewritten.boundaries.examples]
     # Inductor's caches on disk know our ops by name alone; code compiled for another version must not be found.
     tag = f"{torch.compiler.config.cache_key_tag}mmcompile-{_kernels_digest()}"

@@ -189,7 +189,7 @@ def _why_dense(
     if not query.shape[3] == key.shape[3] == value.shape[3] <= _MAX_HEAD_DIM:
         return f"head dims {query.shape[3]}, {key.shape[3]}, {value.shape[3]}; must be one, of at most {_MAX_HEAD_DIM}"
     if (query.shape[2], key.shape[2]) != (mask.query_length, mask.key_length):
-        return f"{query.shape[2]} queries, {key.shape[2]} keys under a mask of {mask.query_length}, {mask.key_length}"
+        return "queries or keys are not as many as the mask was made for"
     return None
 
 
@@ -198,7 +198,7 @@ def _read(arguments: Mapping[str, Any], built: Callable[[], Tensor | None]) -> _
     queries, keys = arguments["q_length"], arguments["kv_length"]
     offset = arguments.get("q_offset", 0) - arguments.get("kv_offset", 0)
     if not isinstance(offset, int) or offset + queries != keys:
-        raise _Unread(f"{keys} keys, more than the tokens until now (a static cache)")
+        raise _Unread("more keys than tokens until now (a static cache)")
     is_causal, windows, paddings = _Callables().read(arguments["mask_function"])
     if not is_causal:
         raise _Unread("no causal condition")
@@ -209,7 +209,7 @@ def _read(arguments: Mapping[str, Any], built: Callable[[], Tensor | None]) -> _
     first = arguments.get("kv_offset", 0)
     for one in paddings:
         if one.dim() != 2 or one.shape[1] < first + keys:
-            raise _Unread(f"padding of the shape {list(one.shape)} for {keys} keys from {first}")
+            raise _Unread("padding that is not [batch, keys], or is shorter than the keys")
         here = one[:, first : first + keys].to(torch.bool)
         valid = here if valid is None else valid & here
     return _CausalMask(queries, keys, offset, min(windows, default=None), valid, built)
@@ -248,4 +248,5 @@ class _Callables:
 
 @cache
 def _say_once(reason: str) -> None:
+    """reason: without lengths, so that prompts of many lengths say it once."""
     log.warning("attention stays dense: %s", reason)

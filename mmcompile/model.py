@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import transformers.utils
 from torch import fx, nn
 from transformers.cache_utils import StaticLayer
 
 from mmcompile.backend import mminference
-from mmcompile.encode_first import EncodeFirst, encodes_first
+from mmcompile.encode_first import EncodeFirst, encodes_first, without_checks
 from mmcompile.errors import OptionError
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
@@ -161,12 +160,12 @@ def _with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Calla
         fits = None
         if encode is not None:
             args, (kwargs, fits) = (), encode(inputs)
-            inputs["position_ids"] = kwargs.get("position_ids")
+            inputs |= {name: kwargs.get(name) for name in ("position_ids", "mm_encoder_outputs")}
         if fits is False:
             log.warning("placeholder tokens and features differ in number: this call runs uncompiled")
             return model._call_impl(**kwargs)
         boundaries = boundary_tensors_of(config, inputs) if bound_boundaries() is None else None
-        with _tracing(without_checks=bool(fits)), nullcontext() if boundaries is None else bind(boundaries):
+        with _tracing(checks=not fits), nullcontext() if boundaries is None else bind(boundaries):
             outputs = compiled(*args, **kwargs)
         _keep_addresses(inputs.get("past_key_values"))
         return outputs
@@ -185,12 +184,8 @@ def _keep_addresses(cache: Any) -> None:
 
 
 @contextmanager
-def _tracing(*, without_checks: bool = False) -> Iterator[None]:
-    """How Dynamo traces inside the `with` block of this thread.
-
-    without_checks: leave out transformers' checks that features and placeholder tokens agree, each of which breaks the
-    graph and waits for the device. Where torch or transformers lack the means, they stay.
-    """
+def _tracing(*, checks: bool = True) -> Iterator[None]:
+    """How Dynamo traces inside the `with` block. checks: with transformers' checks of features against placeholders."""
     config: Any = torch._dynamo.config
     settings: dict[str, Any] = {
         "recompile_limit": max(config.recompile_limit, _MOST_GRAPHS),
@@ -198,10 +193,7 @@ def _tracing(*, without_checks: bool = False) -> Iterator[None]:
         # such layer would break the graph.
         "capture_dynamic_output_shape_ops": True,
     }
-    check = getattr(transformers.utils, "torch_compilable_check", None) if without_checks else None
-    if check is not None and hasattr(config, "ignore_logging_functions"):
-        settings["ignore_logging_functions"] = {*config.ignore_logging_functions, check}
-    with config.patch(settings):
+    with config.patch(settings | ({} if checks else without_checks())):
         yield
 
 

@@ -3,7 +3,7 @@
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from mmcompile.passes.pipeline import Rewritten
 class HeadStats:
     """What one head did in the last prefill, the mean over the batch.
 
-    density: computed tiles as a fraction of those that dense attention computes. recall: estimated share of the
+    density: computed tiles as a fraction of those that dense attention computes, 128 single keys counted as a tile.
+    Some tiles are always computed (the diagonal, the first keys), and an order other than the tokens' own may need more
+    of them: in a prompt of a few tiles density can be above the cap, and above 1. recall: estimated share of the
     attention that they hold; None where the pattern is known beforehand, so that nothing was estimated. target: the
     share that was asked for; None where none was.
     """
@@ -129,6 +131,17 @@ class CompiledPrefill:
         return unknown_boundaries(self._device)
 
 
+def dense_prefill(compiled: Callable[..., Any], module: fx.GraphModule) -> Callable[..., Any]:
+    """A compiled graph of a prefill that was rewritten nowhere: `stats` has nothing of this model from then on."""
+    parameters = [index for index, node in enumerate(placeholders(module.graph)) if _is_parameter(node)]
+
+    def run(*inputs: Any) -> Any:
+        _last_prefills.forget(inputs[index] for index in parameters)
+        return compiled(*inputs)
+
+    return run
+
+
 def tells_boundaries(module: fx.GraphModule) -> bool:
     """Whether the call that is being compiled tells its grids: bound now, or among the graph's inputs.
 
@@ -173,9 +186,13 @@ def _find_size(inputs: Sequence[fx.Node], size: Size) -> Callable[[Sequence[Any]
 def _find_parameter(inputs: Sequence[fx.Node]) -> int | None:
     """An input that is a parameter: it tells at run time which model the graph is serving."""
     for index, node in enumerate(inputs):
-        if isinstance(fake_value(node), nn.Parameter):
+        if _is_parameter(node):
             return index
     return None
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return isinstance(fake_value(node), nn.Parameter)
 
 
 class _LastPrefills:
@@ -194,9 +211,9 @@ class _LastPrefills:
         with self._lock:
             self._kept[key] = (weakref.ref(parameter, forget), sites, tuple(figures))
 
-    def forget(self, model: nn.Module) -> None:
+    def forget(self, parameters: Iterable[Any]) -> None:
         with self._lock:
-            for parameter in model.parameters():
+            for parameter in parameters:
                 self._kept.pop(id(parameter), None)
 
     def of(self, model: nn.Module) -> list[SiteStats]:
@@ -215,12 +232,11 @@ _last_prefills = _LastPrefills()
 def stats(model: nn.Module) -> list[SiteStats]:
     """What each rewritten attention of `model` did in its last prefill, in execution order.
 
-    Empty before the first prefill, and where nothing was rewritten. Plain `torch.compile` tells nobody when a prefill
-    begins: there, one that was rewritten nowhere leaves the figures of the one before. Waits for the device.
+    Empty before the first prefill, and where nothing was rewritten. Waits for the device.
     """
     return _last_prefills.of(model)
 
 
 def forget_stats(model: nn.Module) -> None:
     """Drop what `stats` has of `model`: another prefill begins."""
-    _last_prefills.forget(model)
+    _last_prefills.forget(model.parameters())

@@ -325,6 +325,16 @@ def test_two_models_in_one_process_keep_their_own_stats():
     assert mmcompile.stats(nn.Linear(2, 2)) == []
 
 
+def test_a_prefill_that_is_rewritten_nowhere_leaves_no_figures_of_the_one_before():
+    model = Decoder()
+    run = compiled(model)
+    with torch.no_grad():
+        run(tokens(300))
+    assert len(mmcompile.stats(model)) == 2
+    run(tokens(300))  # gradients are needed
+    assert mmcompile.stats(model) == []
+
+
 @torch.no_grad()
 def test_the_log_shows_the_same_records(caplog):
     with caplog.at_level(logging.DEBUG, logger="mmcompile"):

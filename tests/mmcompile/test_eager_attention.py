@@ -144,9 +144,12 @@ def test_what_is_more_than_causal_is_sdpa_and_said_once(sparse_calls, caplog):
     assert "stays dense: the mask holds or_masks" in caplog.text
     assert not sparse_calls
     static = {"cache_implementation": "static", "max_new_tokens": 3, "do_sample": False}
-    text = {"input_ids": torch.randint(3, 400, (1, 40))}
     llava, sparse, _ = pair("llava")
-    assert torch.equal(sparse.generate(**text, **static), llava.generate(**text, **static))
+    with caplog.at_level(logging.WARNING, logger="mmcompile"):
+        for length in (40, 50):
+            text = {"input_ids": torch.randint(3, 400, (1, length))}
+            assert torch.equal(sparse.generate(**text, **static), llava.generate(**text, **static))
+    assert caplog.text.count("a static cache") == 1
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import copy
 import io
 import threading
+from types import MethodType
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from transformers import StaticCache
 
 import mmcompile
 from mmcompile import HeadPattern, PatternTable
-from mmcompile.encode_first import encodes_first
-from mmcompile.errors import OptionError
+from mmcompile.encode_first import encodes_first, get_placeholder_mask, without_checks
+from mmcompile.errors import BoundaryError, OptionError
 from mmcompile.huggingface import Text, prompts
 from tests.models.families import FAMILIES
 from tests.models.tiny import tiny_qwen2_5_vl, video
@@ -177,6 +178,21 @@ def test_features_that_do_not_fit_the_prompt_are_the_models_own_error(before, ca
         with pytest.raises(ValueError, match="features and video tokens do not match"):
             one(**inputs | {"input_ids": wrong, "mm_token_type_ids": None})
     assert "differ in number" in caplog.text
+
+
+def test_features_are_counted_as_the_model_counts_them_wherever_its_checks_stay():
+    class Counts(nn.Module):
+        def get_placeholder_mask(self, input_ids, inputs_embeds, features):
+            return inputs_embeds + features.numel() // features.shape[-1]  # as Granite Docling does
+
+    model, embeddings, features = Counts(), torch.zeros(3), torch.ones(5, 8)
+    model.get_placeholder_mask = MethodType(get_placeholder_mask, model)
+    run = torch.compile(lambda *inputs: model.get_placeholder_mask(None, *inputs), backend="count_graphs")
+    assert run(embeddings, features).tolist() == [5, 5, 5]
+    if without_checks():
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(without_checks()):
+            assert run(embeddings, features).tolist() == [1, 1, 1]  # the same for features of any number
 
 
 @encoders_first
@@ -417,6 +433,38 @@ def test_stats_are_of_the_last_prefill_alone():
     with torch.enable_grad():
         model(**short_video(model))  # where gradients are needed, attention stays dense
     assert mmcompile.stats(model) == []
+
+
+@encoders_first
+@torch.no_grad()
+def test_a_direct_call_reads_the_same_grids_as_generate():
+    from mmcompile.model import boundary_tensors_of as read
+
+    _, model, inputs = pair("llava")
+    found = []
+
+    def keep(config, inputs):
+        found.append(read(config, inputs))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmcompile.model.boundary_tensors_of", keep)
+        # By its config an image might have another size than the tower gave it.
+        model.config.vision_config.image_size = 28
+        mmcompile.compile(model, **DENSE)
+        model(**inputs["first"])
+        model.generate(**inputs["first"], max_new_tokens=1)
+    direct, generated = found
+    for one, other in zip(direct, generated, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_types_of_fewer_tokens_than_the_prompt_are_one_clear_error():
+    _, model, inputs = pair("llava")
+    mmcompile.compile(model, **DENSE)
+    with pytest.raises(BoundaryError, match=r"mm_token_type_ids: 9 tokens; must be at least \d+, as the prompt"):
+        model(**inputs["first"], mm_token_type_ids=torch.zeros(1, 9, dtype=torch.int32))
 
 
 @encoders_first
