@@ -1,6 +1,7 @@
 """What was decided for every attention of a model, without running one: `explain` and its report."""
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import fx
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import Cache
 
+from mmcompile.encode_first import EncodeFirst, encodes_first
 from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.find_attention import find_attention, stack_of
 from mmcompile.passes.graph import copy_graph
 from mmcompile.passes.pipeline import run_passes
+from mmcompile.prefill_steps import by_name, is_decode_step, tracing
+from mmcompile.reference_runs import copy_sharing_weights
 
 _COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "reason", "pattern")
 
@@ -135,10 +140,11 @@ def _likeness(site: SiteRecord) -> dict[str, Any]:
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Say for every attention of `model(*args, **kwargs)` whether the backend would make it sparse, and why.
 
-    The call runs under no_grad with every attention replaced by an empty result, so no attention kernel runs
-    and what the call returns means nothing. `options=Options(...)` or a mapping among the keyword arguments
-    is taken as the backend's options. Dynamo's caches are reset before and after, so compiled models compile
-    again at their next call.
+    The call is traced as `mmcompile.compile(model)` traces it: encoders run first, where it runs them, and are no part
+    of the graphs; plain `torch.compile` may break the same call into more. It runs under no_grad with every attention
+    replaced by an empty result, so no attention kernel runs and what the call returns means nothing.
+    `options=Options(...)` or a mapping among the keyword arguments is taken as the backend's options. Dynamo's caches
+    are reset before and after, so compiled models compile again at their next call.
     """
     options = Options.parse(kwargs.pop("options", None))
     recorder = _Recorder(options)
@@ -147,12 +153,37 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024):
             # The call would go on filling a cache of the caller's, and with attention left out, with nothing.
             args, kwargs = tree_map(_own_copy, (args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
-            torch.compile(model, backend=recorder)(*args, **kwargs)
+            checks = True
+            if isinstance(model, nn.Module) and encodes_first(model):
+                model = copy_sharing_weights(model)  # running encoders first leaves traces on a model
+                args, kwargs, checks = _with_encoders_run(model, args, kwargs)
+            with tracing(checks=checks):
+                torch.compile(model, backend=recorder)(*args, **kwargs)
     finally:
         torch.compiler.reset()
-    return Report(
-        tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks), tuple(recorder.no_cuda_graph)
-    )
+    return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks), tuple(recorder.no_cuda_graph))
+
+
+def _with_encoders_run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """The arguments that `mmcompile.compile` traces the call with, and whether with transformers' checks."""
+    inputs = by_name(inspect.signature(model.forward), args, kwargs)
+    if inputs is None or is_decode_step(inputs):
+        return args, kwargs, True
+    with _WithoutAttention():
+        encoded = EncodeFirst(model)(inputs)
+    return (args, kwargs, True) if encoded.fits is False else ((), encoded.inputs, not encoded.fits)
+
+
+class _WithoutAttention(TorchFunctionMode):
+    """Attention returns zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return torch.zeros_like(args[0] if args else kwargs["query"])
 
 
 def _own_copy(argument: Any) -> Any:

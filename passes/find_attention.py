@@ -16,6 +16,7 @@ _SDPA_TARGETS = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 _SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # positional, in order
+_NOT_A_SITE = "query, key and value are not all [B, H, S, D], or scale or dropout are known to the data alone"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -116,7 +117,7 @@ def _scan(module: fx.GraphModule) -> Iterator[AttentionSite | UnreadAttention]:
             if site is not None:
                 yield site
             else:
-                why = "inside vmap" if nesting else "query, key and value are not all [B, H, S, D], or its scale or dropout is computed"
+                why = "inside vmap" if nesting else _NOT_A_SITE
         elif name == "flex_attention":
             why = "FlexAttention, not scaled_dot_product_attention"
         elif _weighs_values(node):

@@ -438,7 +438,7 @@ def test_stats_are_of_the_last_prefill_alone():
 @encoders_first
 @torch.no_grad()
 def test_a_direct_call_reads_the_same_grids_as_generate():
-    from mmcompile.model import boundary_tensors_of as read
+    from mmcompile.prefill_steps import boundary_tensors_of as read
 
     _, model, inputs = pair("llava")
     found = []
@@ -448,7 +448,7 @@ def test_a_direct_call_reads_the_same_grids_as_generate():
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmcompile.model.boundary_tensors_of", keep)
+        patch.setattr("mmcompile.prefill_steps.boundary_tensors_of", keep)
         # By its config an image might have another size than the tower gave it.
         model.config.vision_config.image_size = 28
         mmcompile.compile(model, **DENSE)
