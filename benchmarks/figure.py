@@ -29,7 +29,7 @@ class Figure:
     @classmethod
     def begin(cls, title: str, notes: str, device: str = "cuda") -> "Figure":
         """A figure with no rows yet, of this command at this commit, measured on "cuda" or on "cpu"."""
-        return cls(title, " ".join(["python", *sys.argv]), _commit(), _versions(), _device(device), notes)
+        return cls(title, " ".join(["python", *sys.argv]), commit(), versions(), _device(device), notes)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON and say where it went."""
@@ -38,7 +38,8 @@ class Figure:
         print(f"wrote {path}; `make figures` puts its table into README.md")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The source's commit, marked where the working tree differs from it."""
     # Where the sources were copied without their history, whoever copied them can say.
     if "GIT_COMMIT" in os.environ:
         return os.environ["GIT_COMMIT"]
@@ -47,7 +48,8 @@ def _commit() -> str:
     return answer.stdout.strip() or "unknown: not run from a git checkout"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What a result depends on besides the source."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from mmcompile.errors import OptionError
-from mmcompile.input_boundaries import BoundaryTensors
 from mmcompile.kernels.attend import sparse_attention
+from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
-from mmcompile.modality import ModalityBoundaries, bound_boundaries, unknown_boundaries
+from mmcompile.modality import bound_tensors, unknown_boundaries
 from mmcompile.options import Options
 
 log = logging.getLogger(__name__)
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HEAD_DIM = 256
 _OPTIONS = ("patterns", "density", "recall", "min_tokens")
 # Arguments of an attention that change what it computes, and that the kernels do not have.
 _UNKNOWN_HERE = ("softcap", "s_aux", "position_bias", "cache")
@@ -137,12 +135,13 @@ class _Attention:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: _CausalMask, scaling: float | None
     ) -> Tensor:
         chosen = self._options.for_passes
+        boundaries = bound_tensors(query.device, query.shape[0], query.shape[2])
         attended = sparse_attention(
             query,
             key,
             value,
             _patterns_of(module, chosen["patterns"]),
-            _boundaries(query),
+            unknown_boundaries(query.device) if boundaries is None else boundaries,
             scale=scaling,
             density=chosen["density"],
             recall=chosen["recall"],
@@ -163,14 +162,6 @@ def _patterns_of(module: nn.Module, patterns: Any) -> Any:
     return tuple(patterns[layer])
 
 
-def _boundaries(query: Tensor) -> BoundaryTensors:
-    bound = bound_boundaries()
-    if isinstance(bound, ModalityBoundaries):
-        bound.check_fits(query.shape[0], query.shape[2])
-        return bound.tensors(query.device)
-    return unknown_boundaries(query.device) if bound is None else bound
-
-
 def _why_dense(
     mask: _CausalMask, query: Tensor, key: Tensor, value: Tensor, dropout: float, arguments: Mapping[str, Any]
 ) -> str | None:
@@ -184,10 +175,10 @@ def _why_dense(
             return f"{name} is given"
     if arguments.get("is_causal") is False:
         return "is_causal=False"
-    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
-    if not query.shape[3] == key.shape[3] == value.shape[3] <= _MAX_HEAD_DIM:
-        return f"head dims {query.shape[3]}, {key.shape[3]}, {value.shape[3]}; must be one, of at most {_MAX_HEAD_DIM}"
+    if not query.shape[3] == key.shape[3] == value.shape[3] <= MAX_HEAD_DIM:
+        return f"head dims {query.shape[3]}, {key.shape[3]}, {value.shape[3]}; must be one, of at most {MAX_HEAD_DIM}"
     if (query.shape[2], key.shape[2]) != (mask.query_length, mask.key_length):
         return "queries or keys are not as many as the mask was made for"
     return None

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
 from mmcompile.kernels.patterns import HeadPattern, plan_rows
-from mmcompile.modality import ModalityBoundaries, bound_boundaries, unknown_boundaries
+from mmcompile.modality import ModalityBoundaries, bound_boundaries, bound_tensors, unknown_boundaries
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.graph import Size, fake_value, placeholders, same_size
 from mmcompile.passes.pipeline import Rewritten
@@ -119,13 +119,10 @@ class CompiledPrefill:
         return outputs[:own]
 
     def _boundaries(self, inputs: Sequence[Any]) -> BoundaryTensors:
-        bound = bound_boundaries()
-        if isinstance(bound, BoundaryTensors):
+        batch, length = (None if read is None else read(inputs) for read in (self._batch, self._length))
+        bound = bound_tensors(self._device, batch, length)
+        if bound is not None:
             return bound
-        if isinstance(bound, ModalityBoundaries):
-            if self._batch is not None and self._length is not None:
-                bound.check_fits(self._batch(inputs), self._length(inputs))
-            return bound.tensors(self._device)
         if self._positions is not None:
             return boundaries_from_positions(inputs[self._positions])
         return unknown_boundaries(self._device)
