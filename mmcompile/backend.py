@@ -18,7 +18,7 @@ from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.pipeline import describe_graph, run_passes
-from mmcompile.prefill import CompiledPrefill, dense_prefill, tells_boundaries
+from mmcompile.prefill import CompiledPrefill, dense_prefill, is_prefilling, tells_boundaries
 from mmcompile.report import describe_records
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def mminference(
     _log(rewritten.records, rewritten.module)
     if parsed.strict:
         _raise_on_refusal(rewritten.records)
-    inner = _inner_compiler(parsed.inner, mode, why_no_cuda_graph(rewritten))
+    why = "it is part of a prefill" if is_prefilling() else why_no_cuda_graph(rewritten)
+    inner = _inner_compiler(parsed.inner, mode, why)
     if rewritten.boundaries is None:
         compiled = inner(rewritten.module, list(example_inputs))
         is_prefill = any(record.phase == "prefill" for record in rewritten.records)

@@ -3,7 +3,9 @@
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,6 +93,24 @@ class _Site:
 
 def _known(figure: float) -> float | None:
     return None if math.isnan(figure) else figure
+
+
+_prefilling: ContextVar[bool] = ContextVar("prefilling", default=False)
+
+
+@contextmanager
+def prefilling() -> Iterator[None]:
+    """What is compiled inside the `with` block belongs to a prefill."""
+    token = _prefilling.set(True)
+    try:
+        yield
+    finally:
+        _prefilling.reset(token)
+
+
+def is_prefilling() -> bool:
+    """Whether a prefill is known to run now: plain `torch.compile` tells nobody."""
+    return _prefilling.get()
 
 
 class CompiledPrefill:

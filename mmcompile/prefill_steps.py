@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import StaticLayer
 
+from mmcompile.caches import decoded, prefilled
 from mmcompile.encode_first import EncodeFirst, encodes_first, without_checks
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
-from mmcompile.prefill import forget_stats
+from mmcompile.prefill import forget_stats, prefilling
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ def with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Callab
         inputs = by_name(signature, args, kwargs)
         if inputs is None:
             return model._call_impl(*args, **kwargs)
+        cache = inputs.get("past_key_values")
         if is_decode_step(inputs):
-            with tracing():
+            with tracing(), decoded(cache):
                 return compiled(*args, **kwargs)
         forget_stats(model)
         fits = None
@@ -48,34 +49,27 @@ def with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Callab
             log.warning("placeholder tokens and features differ in number: this call runs uncompiled")
             return model._call_impl(**kwargs)
         boundaries = boundary_tensors_of(config, inputs) if bound_boundaries() is None else None
-        with tracing(checks=not fits), nullcontext() if boundaries is None else bind(boundaries):
-            outputs = compiled(*args, **kwargs)
-        _keep_addresses(inputs.get("past_key_values"))
-        return outputs
+        bound = nullcontext() if boundaries is None else bind(boundaries)
+        positions = encode is None and inputs.get("position_ids") is None
+        with tracing(checks=not fits, positions=positions), bound, prefilling(), prefilled(cache):
+            return compiled(*args, **kwargs)
 
     return call
 
 
-def _keep_addresses(cache: Any) -> None:
-    """Say of the tensors of a static cache that they stay where they are: CUDA graphs of decode steps write to no
-    others. transformers says it where it allocates them, but not inside of a prefill that is traced."""
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, StaticLayer):
-            for tensor in vars(layer).values():
-                if isinstance(tensor, torch.Tensor):
-                    torch._dynamo.mark_static_address(tensor)
-
-
 @contextmanager
-def tracing(*, checks: bool = True) -> Iterator[None]:
-    """How Dynamo traces inside the `with` block. checks: with transformers' checks of features against placeholders."""
+def tracing(*, checks: bool = True, positions: bool = False) -> Iterator[None]:
+    """How Dynamo traces inside the `with` block.
+
+    checks: with transformers' checks of features against placeholders. positions: the forward may make multimodal
+    rotary positions, where the graph has to break.
+    """
     config: Any = torch._dynamo.config
-    settings: dict[str, Any] = {
-        "recompile_limit": max(config.recompile_limit, _MOST_GRAPHS),
+    settings: dict[str, Any] = {"recompile_limit": max(config.recompile_limit, _MOST_GRAPHS)}
+    if not positions:
         # Decoders that add features at the placeholders of some layers index by a mask (Qwen3-VL's deepstack): each
         # such layer would break the graph.
-        "capture_dynamic_output_shape_ops": True,
-    }
+        settings["capture_dynamic_output_shape_ops"] = True
     with config.patch(settings | ({} if checks else without_checks())):
         yield
 

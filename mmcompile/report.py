@@ -153,11 +153,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024):
             # The call would go on filling a cache of the caller's, and with attention left out, with nothing.
             args, kwargs = tree_map(_own_copy, (args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
-            checks = True
+            checks, positions = True, kwargs.get("position_ids") is None
             if isinstance(model, nn.Module) and encodes_first(model):
+                positions = False
                 model = copy_sharing_weights(model)  # running encoders first leaves traces on a model
                 args, kwargs, checks = _with_encoders_run(model, args, kwargs)
-            with tracing(checks=checks):
+            with tracing(checks=checks, positions=positions):
                 torch.compile(model, backend=recorder)(*args, **kwargs)
     finally:
         torch.compiler.reset()

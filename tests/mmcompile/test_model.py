@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.registry import register_backend
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import mmcompile
 from mmcompile import HeadPattern, PatternTable
@@ -422,6 +422,72 @@ def test_a_static_cache_that_a_prefill_allocates_keeps_its_addresses():
         for tensor in (layer.keys, layer.values, layer.cumulative_length):
             # What Dynamo reads, and Inductor's CUDA graphs need to write to an input in place.
             assert tensor._dynamo_static_input_type == "unguarded"
+
+
+class Offloaded(DynamicCache):
+    """A cache that works like one which is offloaded to the host, without the streams that need a device."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.offloading = self.only_non_sliding = True
+        self.fetched, self.sent = [], []
+
+    def prefetch(self, layer_idx, only_non_sliding=True):
+        assert not torch.compiler.is_compiling()
+        self.fetched.append(layer_idx % len(self.layers))
+
+    def offload(self, layer_idx, only_non_sliding=True):
+        self.sent.append(layer_idx)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        assert not torch.compiler.is_compiling()
+        self.offloading = False
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.offloading = True
+        self.prefetch(layer_idx + 1)
+        self.offload(layer_idx)
+        return result
+
+
+@torch.no_grad()
+def test_an_offloaded_cache_prefills_sparse_and_keeps_its_streams_out_of_the_graphs():
+    eager, model = qwen()
+    mmcompile.compile(model, **DENSE)
+    caches = [Offloaded(model.config), Offloaded(model.config)]
+    text = {"input_ids": torch.randint(3, 400, (1, 150))}
+    for step in (short_video(model), {"input_ids": torch.tensor([[7]])}, text):  # a prefill on a prefix in the end
+        for cache in caches:
+            cache.fetched.clear()
+        expected, got = (one(**step, past_key_values=cache) for one, cache in zip((eager, model), caches, strict=True))
+        torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+        assert caches[1].sent == caches[0].sent
+        assert caches[1].fetched[-1] == caches[0].fetched[-1] == 0  # what the next call begins with
+        if len(step["input_ids"][0]) > 1:
+            assert len(mmcompile.stats(model)) == 2
+    assert "update" not in vars(caches[1])
+
+
+@torch.no_grad()
+def test_cuda_graphs_leave_out_all_of_a_prefill_and_what_returns_a_cache(monkeypatch, caplog):
+    _, model = qwen()
+    recorded = []
+
+    def inductor(module, example_inputs, config_patches):
+        recorded.append(config_patches["triton.cudagraphs"])
+        return module.forward
+
+    monkeypatch.setattr("mmcompile.backend.lookup_backend", lambda name: inductor)
+    mmcompile.compile(model, mode="reduce-overhead", min_tokens=0)
+    for cache, steps in ((None, False), (StaticCache(config=model.config, max_cache_len=600), True)):
+        recorded.clear()
+        with caplog.at_level("INFO", logger="mmcompile"):
+            cache = model(**short_video(model), past_key_values=cache).past_key_values
+            assert not any(recorded)
+            assert "left out of CUDA graphs: it is part of a prefill" in caplog.text
+            recorded.clear()
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        assert set(recorded) == {steps}
+    assert "left out of CUDA graphs: it returns a cache that grows" in caplog.text
 
 
 @torch.no_grad()
