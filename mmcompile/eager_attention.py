@@ -23,6 +23,7 @@ from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.modality import bound_tensors, unknown_boundaries
 from mmcompile.options import Options
+from mmcompile.prefill import DenseSite, SparseSite, keep_site
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def register_attention(name: str = "mminference", **options: Any) -> None:
 
     A causal prefill of at least `min_tokens` keys runs sparse; decode steps, vision towers, training, dropout and masks
     that are more than causal, sliding window and padding run as transformers' own "sdpa". Boundaries are those of
-    `mmcompile.bind`, else one segment of unknown kind. Under `torch.compile` it is "sdpa", which the backend rewrites.
+    `mmcompile.bind`, else one segment of unknown kind. `mmcompile.stats` tells of each attention of the last prefill,
+    and why it ran as "sdpa" if it did. Under `torch.compile` it is "sdpa", which the backend rewrites.
 
     Raises OptionError for an option that is unknown or out of range, ValueError for a name that means something to
     transformers.
@@ -123,24 +125,29 @@ class _Attention:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         mask = attention_mask
+        reason: str | None
         if isinstance(mask, _CausalMask):
             reason = _why_dense(mask, query, key, value, dropout, arguments)
             if reason is None:
                 return self._sparse(module, query, key, value, mask, scaling), None
             _say_once(reason)
             mask = mask.built()
+        else:
+            reason = "its mask is more than causal, window and padding" if mask is not None else "too short"
+        self._keep_dense(module, query, reason, arguments)
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **arguments)
 
     def _sparse(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: _CausalMask, scaling: float | None
     ) -> Tensor:
         chosen = self._options.for_passes
+        patterns = _patterns_of(module, chosen["patterns"])
         boundaries = bound_tensors(query.device, query.shape[0], query.shape[2])
         attended = sparse_attention(
             query,
             key,
             value,
-            _patterns_of(module, chosen["patterns"]),
+            patterns,
             unknown_boundaries(query.device) if boundaries is None else boundaries,
             scale=scaling,
             density=chosen["density"],
@@ -149,15 +156,31 @@ class _Attention:
             window=mask.window,
             query_offset=mask.offset,
         )
+        of_head = (patterns,) * query.shape[1] if isinstance(patterns, HeadPattern) else patterns
+        rows = tuple(range(len(of_head)))
+        site = SparseSite(type(module).__name__, _layer(module), of_head, rows, chosen["recall"])
+        keep_site(module, site, attended.density, attended.recall)
         return attended.output.transpose(1, 2)
+
+    def _keep_dense(self, module: nn.Module, query: Tensor, why: str, arguments: Mapping[str, Any]) -> None:
+        """Say in `stats` that a prefill's attention ran on torch's; towers and decode steps are not its business."""
+        causal = arguments.get("is_causal")
+        causal = getattr(module, "is_causal", False) if causal is None else causal
+        if causal and query.shape[2] > 1 and not torch.compiler.is_compiling():
+            keep_site(module, DenseSite(type(module).__name__, _layer(module), why))
+
+
+def _layer(module: nn.Module) -> int | None:
+    layer = getattr(module, "layer_idx", None)
+    return layer if isinstance(layer, int) else None
 
 
 def _patterns_of(module: nn.Module, patterns: Any) -> Any:
     """The pattern of every head, or of a table those of the module's layer."""
     if isinstance(patterns, HeadPattern):
         return patterns
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int) or layer >= len(patterns):
+    layer = _layer(module)
+    if layer is None or layer >= len(patterns):
         raise ValueError(f"the table has {len(patterns)} layers, and this attention is of layer {layer}")
     return tuple(patterns[layer])
 

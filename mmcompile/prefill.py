@@ -15,7 +15,6 @@ from torch import fx, nn
 from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
 from mmcompile.kernels.patterns import HeadPattern, plan_rows
 from mmcompile.modality import ModalityBoundaries, bound_boundaries, bound_tensors, unknown_boundaries
-from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.graph import Size, fake_value, placeholders, same_size
 from mmcompile.passes.pipeline import Rewritten
 
@@ -46,7 +45,8 @@ class HeadStats:
 class SiteStats:
     """What one attention site did in the last prefill of its model.
 
-    density: the mean over its heads; 1.0 where the prefill was shorter than `min_tokens` and ran dense.
+    density: the mean over its heads; 1.0 where the prefill was shorter than `min_tokens` and ran dense. dense: why an
+    attention of `register_attention` ran on torch's; it has no heads then.
     """
 
     module_path: str
@@ -54,6 +54,7 @@ class SiteStats:
     density: float
     patterns: tuple[str, ...]
     heads: tuple[HeadStats, ...]
+    dense: str = ""
 
     @property
     def recall(self) -> float | None:
@@ -67,28 +68,46 @@ class SiteStats:
 
 
 @dataclass(frozen=True)
-class _Site:
-    """What turns a plan's figures into stats."""
+class SparseSite:
+    """What turns a plan's figures into stats.
 
-    record: SiteRecord
-    patterns: tuple[HeadPattern, ...]  # of each head
-    recall: float | None  # option
+    patterns: of each head. rows: the row of the figures that each head follows. recall: the option.
+    """
+
+    module_path: str
+    layer: int | None
+    patterns: tuple[HeadPattern, ...]
+    rows: tuple[int, ...]
+    recall: float | None
 
     def stats(self, density: torch.Tensor, recall: torch.Tensor) -> SiteStats:
         """density, recall: float [B, P]."""
-        row = plan_rows(self.patterns).of_head
         densities, recalls = (figure.float().mean(0).tolist() for figure in (density, recall))
         heads = [
-            HeadStats(str(pattern), densities[p], _known(recalls[p]), self._target(pattern))
-            for pattern, p in zip(self.patterns, row, strict=True)
+            HeadStats(str(pattern), densities[row], _known(recalls[row]), self._target(pattern))
+            for pattern, row in zip(self.patterns, self.rows, strict=True)
         ]
         mean = sum(head.density for head in heads) / len(heads)
-        return SiteStats(self.record.module_path, self.record.layer, mean, self.record.patterns, tuple(heads))
+        names = tuple(dict.fromkeys(str(pattern) for pattern in self.patterns))
+        return SiteStats(self.module_path, self.layer, mean, names, tuple(heads))
 
     def _target(self, pattern: HeadPattern) -> float | None:
         if pattern.kind != "top_p":
             return None
         return pattern.mass if self.recall is None else self.recall
+
+
+@dataclass(frozen=True)
+class DenseSite:
+    """An attention of `register_attention` that ran on torch's, and why."""
+
+    module_path: str
+    layer: int | None
+    why: str
+
+    def stats(self, *_: torch.Tensor) -> SiteStats:
+        """There are no figures."""
+        return SiteStats(self.module_path, self.layer, 1.0, (), (), self.why)
 
 
 def _known(figure: float) -> float | None:
@@ -124,7 +143,16 @@ class CompiledPrefill:
         site = rewritten.sparse[0].site
         own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
         self._compiled = compiled
-        self._sites = tuple(_Site(one.record, one.patterns, rewritten.recall) for one in rewritten.sparse)
+        self._sites = tuple(
+            SparseSite(
+                one.record.module_path,
+                one.record.layer,
+                one.patterns,
+                plan_rows(one.patterns).of_head,
+                rewritten.recall,
+            )
+            for one in rewritten.sparse
+        )
         self._device = fake_value(site.query).device
         self._positions = _find_positions(own, site.batch, site.query_length)
         self._batch = _find_size(own, site.batch)
@@ -217,9 +245,12 @@ class _LastPrefills:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[int, tuple[weakref.ref[Any], tuple[_Site, ...], tuple[torch.Tensor, ...]]] = {}
+        self._kept: dict[int, tuple[weakref.ref[Any], tuple[SparseSite | DenseSite, ...], Sequence[torch.Tensor]]] = {}
 
-    def keep(self, parameter: torch.Tensor, sites: tuple[_Site, ...], figures: Sequence[torch.Tensor]) -> None:
+    def keep(
+        self, parameter: torch.Tensor, sites: tuple[SparseSite | DenseSite, ...], figures: Sequence[torch.Tensor]
+    ) -> None:
+        """figures: density and recall of each of the sites, if they are sparse."""
         key = id(parameter)
 
         def forget(_: object) -> None:
@@ -252,6 +283,13 @@ def stats(model: nn.Module) -> list[SiteStats]:
     Empty before the first prefill, and where nothing was rewritten. Waits for the device.
     """
     return _last_prefills.of(model)
+
+
+def keep_site(module: nn.Module, site: SparseSite | DenseSite, *figures: torch.Tensor) -> None:
+    """Keep what one attention module did in a prefill that now runs without a compiler."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        _last_prefills.keep(parameter, (site,), figures)
 
 
 def forget_stats(model: nn.Module) -> None:
