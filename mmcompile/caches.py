@@ -69,4 +69,7 @@ def _update_without_streams(
 @torch.compiler.disable
 def _update_in_eager_mode(cache: Any, *args: Any, **kwargs: Any) -> Any:
     """`Cache.update` as it is, with the copies of one layer beside the work of another."""
+    if isinstance(getattr(cache, "prefetch_stream", None), torch.Stream):
+        # Early versions of transformers leave it out: memory that a copy to the host still reads must not be reused.
+        cache.prefetch_stream.wait_stream(torch.cuda.current_stream())
     return type(cache).update(cache, *args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import mmcompile
+from mmcompile.encode_first import encodes_first
 from mmcompile.reference_runs import rollout
 from tests.models.families import FAMILIES
 
@@ -74,9 +75,10 @@ def test_cuda_graphs_serve_decode_steps_and_leave_out_prefills(how, name, cache,
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_caches_offloaded_to_the_host(cache):
     model, prompts = family("llava")
-    expected = tokens(model, prompts, cache_implementation=cache)
+    expected = tokens(model, prompts)
     mmcompile.compile(model, **EVERY_TILE)
-    assert tokens(model, prompts, cache_implementation=cache) == expected
+    # transformers would compile steps on the static one itself, and torch crashes where it traces the streams.
+    assert tokens(model, prompts, cache_implementation=cache, disable_compile=True) == expected
     assert len(mmcompile.stats(model)) == 2
 
 
@@ -108,7 +110,7 @@ def test_a_family_in_bfloat16_is_as_exact_as_eager(name):
     expected = rollout(exact, put(prompts.first), fed)
     by_us = error(rollout(mmcompile.compile(model, **EVERY_TILE), inputs, fed), expected)
     allowed = by_eager = error(rollout(eager, inputs, fed), expected)
-    assert mmcompile.stats(model) or name == "lfm2_vl"
+    assert mmcompile.stats(model) or not encodes_first(model)
     print(f"{name}: ours {by_us:.5f} eager {by_eager:.5f}")
     if by_us > 1.5 * allowed:
         eager.compile()
