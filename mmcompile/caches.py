@@ -19,6 +19,7 @@ def prefilled(cache: Any) -> Iterator[None]:
     with _updated_by(cache, _update_without_streams):
         yield
     # What the next call starts with has to be on its way to the device, as after an update of the last layer.
+    _wait_for_copies(cache)
     cache.prefetch(0, cache.only_non_sliding)
 
 
@@ -69,7 +70,12 @@ def _update_without_streams(
 @torch.compiler.disable
 def _update_in_eager_mode(cache: Any, *args: Any, **kwargs: Any) -> Any:
     """`Cache.update` as it is, with the copies of one layer beside the work of another."""
-    if isinstance(getattr(cache, "prefetch_stream", None), torch.Stream):
-        # Early versions of transformers leave it out: memory that a copy to the host still reads must not be reused.
-        cache.prefetch_stream.wait_stream(torch.cuda.current_stream())
+    _wait_for_copies(cache)
     return type(cache).update(cache, *args, **kwargs)
+
+
+def _wait_for_copies(cache: Any) -> None:
+    """Fetch nothing from the host before it has arrived there, nor into memory that is still read: early versions of
+    transformers leave this out."""
+    if isinstance(getattr(cache, "prefetch_stream", None), torch.Stream):
+        cache.prefetch_stream.wait_stream(torch.cuda.current_stream())
