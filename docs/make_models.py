@@ -7,17 +7,14 @@ anew. Whatever the source, transformers and torch were when a result was made st
 import argparse
 import json
 import logging
-import platform
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.progress import track
 
+from mmcompile.bench.figure import commit, versions
 from mmcompile.diagnosis import Status
 from mmcompile.doctor import CHECKS, WAYS, Doctor
 
@@ -63,10 +60,8 @@ def main() -> int:
     done = {(one["family"], one["way"]) for one in results}
     missing = [(name, way) for way in HOW for name in FAMILIES if (name, way) not in done]
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    source = {
-        "versions": versions(),
-        "commit": commit(),
-    }  # of the code that is loaded now, whatever is edited meanwhile
+    # Of the code that is loaded now, whatever is edited meanwhile.
+    source = {"versions": versions("cpu"), "commit": commit()}
     for name, way in track(missing, "checking"):
         model = FAMILIES[name].model()
         diagnosis = Doctor(model, FAMILIES[name].prompts(model), inner="eager").diagnose([way], CHECKS)
@@ -117,23 +112,6 @@ def cell(result: dict[str, Any] | None, notes: dict[str, int]) -> str:
 def line(cells: Iterable[str]) -> str:
     """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides the source."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def commit() -> str:
-    """The source's commit, marked where the working tree differs from it."""
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return told.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

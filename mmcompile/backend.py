@@ -15,9 +15,10 @@ from torch._logging import trace_structured
 from mmcompile import kernels
 from mmcompile.errors import UnsupportedSitesError
 from mmcompile.options import Options
+from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.pipeline import describe_graph, run_passes
-from mmcompile.prefill import CompiledPrefill, tells_boundaries
+from mmcompile.prefill import CompiledPrefill, dense_prefill, is_prefilling, tells_boundaries
 from mmcompile.report import describe_records
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,9 @@ def mminference(
 ) -> CompiledFunction:
     """Compile one graph: rewrite the causal attentions of a prefill, hand the rest to the inner backend.
 
-    `torch.compile(model, backend="mminference", options={...}, mode=...)` calls it; options are the fields of
-    `Options`, and mode goes to Inductor. A graph with nothing to rewrite reaches the inner backend untouched.
+    `torch.compile(model, backend="mminference", options={...})` calls it, or the same with `mode=...`; options are the
+    fields of `Options`, and mode goes to Inductor, whose CUDA graphs leave out what `why_no_cuda_graph` names. A graph
+    with nothing to rewrite reaches the inner backend untouched.
     """
     parsed = Options.parse(options)
     # Where the prompt's grids are told, no stride is searched, and one arrangement of the tokens serves all layers.
@@ -43,9 +45,12 @@ def mminference(
     _log(rewritten.records, rewritten.module)
     if parsed.strict:
         _raise_on_refusal(rewritten.records)
-    inner = _inner_compiler(parsed.inner, mode)
+    why = "it is part of a prefill" if is_prefilling() else why_no_cuda_graph(rewritten)
+    inner = _inner_compiler(parsed.inner, mode, why)
     if rewritten.boundaries is None:
-        return inner(rewritten.module, list(example_inputs))
+        compiled = inner(rewritten.module, list(example_inputs))
+        is_prefill = any(record.phase == "prefill" for record in rewritten.records)
+        return dense_prefill(compiled, module) if is_prefill else compiled
     inputs = [*example_inputs, *rewritten.boundaries.examples]
     # Inductor's caches on disk know our ops by name alone; code compiled for another version must not be found.
     tag = f"{torch.compiler.config.cache_key_tag}mmcompile-{_kernels_digest()}"
@@ -60,14 +65,19 @@ def _kernels_digest() -> str:
     return sha256(b"".join(file.read_bytes() for file in sources if file.name.endswith(".py"))).hexdigest()
 
 
-def _inner_compiler(name: str, mode: str | None) -> CompiledFunction:
+def _inner_compiler(name: str, mode: str | None, why_no_cuda_graph: str | None) -> CompiledFunction:
     compiler: CompiledFunction = lookup_backend(name)
-    if mode is None or mode == "default":
-        return compiler
     if name != "inductor":
-        raise ValueError(f'mode={mode!r}: only inner="inductor" has modes, not {name!r}')
-    patches = torch._inductor.list_mode_options(mode)
-    return partial(compiler, config_patches=patches)
+        if mode not in (None, "default"):
+            raise ValueError(f'mode={mode!r}: only inner="inductor" has modes, not {name!r}')
+        return compiler
+    patches = {} if mode is None else torch._inductor.list_mode_options(mode)
+    # A mode turns CUDA graphs on, or the user's own configuration.
+    recorded = patches.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
+    if recorded and why_no_cuda_graph is not None:
+        log.info("left out of CUDA graphs: %s", why_no_cuda_graph)
+        patches = patches | {"triton.cudagraphs": False}
+    return partial(compiler, config_patches=patches) if patches else compiler
 
 
 def _raise_on_refusal(records: Sequence[SiteRecord]) -> None:

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from mmcompile.errors import OptionError
-from mmcompile.input_boundaries import BoundaryTensors
 from mmcompile.kernels.attend import sparse_attention
+from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
-from mmcompile.modality import ModalityBoundaries, bound_boundaries, unknown_boundaries
+from mmcompile.modality import bound_tensors, unknown_boundaries
 from mmcompile.options import Options
+from mmcompile.prefill import DenseSite, SparseSite, keep_site
 
 log = logging.getLogger(__name__)
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HEAD_DIM = 256
 _OPTIONS = ("patterns", "density", "recall", "min_tokens")
 # Arguments of an attention that change what it computes, and that the kernels do not have.
 _UNKNOWN_HERE = ("softcap", "s_aux", "position_bias", "cache")
@@ -41,7 +40,8 @@ def register_attention(name: str = "mminference", **options: Any) -> None:
 
     A causal prefill of at least `min_tokens` keys runs sparse; decode steps, vision towers, training, dropout and masks
     that are more than causal, sliding window and padding run as transformers' own "sdpa". Boundaries are those of
-    `mmcompile.bind`, else one segment of unknown kind. Under `torch.compile` it is "sdpa", which the backend rewrites.
+    `mmcompile.bind`, else one segment of unknown kind. `mmcompile.stats` tells of each attention of the last prefill,
+    and why it ran as "sdpa" if it did. Under `torch.compile` it is "sdpa", which the backend rewrites.
 
     Raises OptionError for an option that is unknown or out of range, ValueError for a name that means something to
     transformers.
@@ -125,24 +125,30 @@ class _Attention:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         mask = attention_mask
+        reason: str | None
         if isinstance(mask, _CausalMask):
             reason = _why_dense(mask, query, key, value, dropout, arguments)
             if reason is None:
                 return self._sparse(module, query, key, value, mask, scaling), None
             _say_once(reason)
             mask = mask.built()
+        else:
+            reason = "its mask is more than causal, window and padding" if mask is not None else "too short"
+        self._keep_dense(module, query, reason, arguments)
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **arguments)
 
     def _sparse(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: _CausalMask, scaling: float | None
     ) -> Tensor:
         chosen = self._options.for_passes
+        patterns = _patterns_of(module, chosen["patterns"])
+        boundaries = bound_tensors(query.device, query.shape[0], query.shape[2])
         attended = sparse_attention(
             query,
             key,
             value,
-            _patterns_of(module, chosen["patterns"]),
-            _boundaries(query),
+            patterns,
+            unknown_boundaries(query.device) if boundaries is None else boundaries,
             scale=scaling,
             density=chosen["density"],
             recall=chosen["recall"],
@@ -150,25 +156,33 @@ class _Attention:
             window=mask.window,
             query_offset=mask.offset,
         )
+        of_head = (patterns,) * query.shape[1] if isinstance(patterns, HeadPattern) else patterns
+        rows = tuple(range(len(of_head)))
+        site = SparseSite(type(module).__name__, _layer(module), of_head, rows, chosen["recall"])
+        keep_site(module, site, attended.density, attended.recall)
         return attended.output.transpose(1, 2)
+
+    def _keep_dense(self, module: nn.Module, query: Tensor, why: str, arguments: Mapping[str, Any]) -> None:
+        """Say in `stats` that a prefill's attention ran on torch's; towers and decode steps are not its business."""
+        causal = arguments.get("is_causal")
+        causal = getattr(module, "is_causal", False) if causal is None else causal
+        if causal and query.shape[2] > 1 and not torch.compiler.is_compiling():
+            keep_site(module, DenseSite(type(module).__name__, _layer(module), why))
+
+
+def _layer(module: nn.Module) -> int | None:
+    layer = getattr(module, "layer_idx", None)
+    return layer if isinstance(layer, int) else None
 
 
 def _patterns_of(module: nn.Module, patterns: Any) -> Any:
     """The pattern of every head, or of a table those of the module's layer."""
     if isinstance(patterns, HeadPattern):
         return patterns
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int) or layer >= len(patterns):
+    layer = _layer(module)
+    if layer is None or layer >= len(patterns):
         raise ValueError(f"the table has {len(patterns)} layers, and this attention is of layer {layer}")
     return tuple(patterns[layer])
-
-
-def _boundaries(query: Tensor) -> BoundaryTensors:
-    bound = bound_boundaries()
-    if isinstance(bound, ModalityBoundaries):
-        bound.check_fits(query.shape[0], query.shape[2])
-        return bound.tensors(query.device)
-    return unknown_boundaries(query.device) if bound is None else bound
 
 
 def _why_dense(
@@ -184,12 +198,12 @@ def _why_dense(
             return f"{name} is given"
     if arguments.get("is_causal") is False:
         return "is_causal=False"
-    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
         return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}"
-    if not query.shape[3] == key.shape[3] == value.shape[3] <= _MAX_HEAD_DIM:
-        return f"head dims {query.shape[3]}, {key.shape[3]}, {value.shape[3]}; must be one, of at most {_MAX_HEAD_DIM}"
+    if not query.shape[3] == key.shape[3] == value.shape[3] <= MAX_HEAD_DIM:
+        return f"head dims {query.shape[3]}, {key.shape[3]}, {value.shape[3]}; must be one, of at most {MAX_HEAD_DIM}"
     if (query.shape[2], key.shape[2]) != (mask.query_length, mask.key_length):
-        return f"{query.shape[2]} queries, {key.shape[2]} keys under a mask of {mask.query_length}, {mask.key_length}"
+        return "queries or keys are not as many as the mask was made for"
     return None
 
 
@@ -198,7 +212,7 @@ def _read(arguments: Mapping[str, Any], built: Callable[[], Tensor | None]) -> _
     queries, keys = arguments["q_length"], arguments["kv_length"]
     offset = arguments.get("q_offset", 0) - arguments.get("kv_offset", 0)
     if not isinstance(offset, int) or offset + queries != keys:
-        raise _Unread(f"{keys} keys, more than the tokens until now (a static cache)")
+        raise _Unread("more keys than tokens until now (a static cache)")
     is_causal, windows, paddings = _Callables().read(arguments["mask_function"])
     if not is_causal:
         raise _Unread("no causal condition")
@@ -209,7 +223,7 @@ def _read(arguments: Mapping[str, Any], built: Callable[[], Tensor | None]) -> _
     first = arguments.get("kv_offset", 0)
     for one in paddings:
         if one.dim() != 2 or one.shape[1] < first + keys:
-            raise _Unread(f"padding of the shape {list(one.shape)} for {keys} keys from {first}")
+            raise _Unread("padding that is not [batch, keys], or is shorter than the keys")
         here = one[:, first : first + keys].to(torch.bool)
         valid = here if valid is None else valid & here
     return _CausalMask(queries, keys, offset, min(windows, default=None), valid, built)
@@ -248,4 +262,5 @@ class _Callables:
 
 @cache
 def _say_once(reason: str) -> None:
+    """reason: without lengths, so that prompts of many lengths say it once."""
     log.warning("attention stays dense: %s", reason)

@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+import transformers.utils
 from torch import nn
 
 from mmcompile.input_boundaries import IMAGE, VIDEO, placeholder_ids
@@ -123,15 +124,32 @@ def encodes_first(model: nn.Module) -> bool:
 
 
 def get_placeholder_mask(self: Any, input_ids: Any, inputs_embeds: Any, *features: Any, **named: Any) -> Any:
-    """The model's own `get_placeholder_mask`; while Dynamo traces it, with the sizes of the features hidden.
+    """The model's own `get_placeholder_mask`; where Dynamo leaves out its checks, with the features' sizes hidden.
 
     Features are compared in number with placeholders and nothing else, and the text of that error holds their sizes,
     which would make each size a constant of the graph.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and _leaves_out_checks():
         features = tuple(_one_row(one) for one in features)
         named = {name: _one_row(one) for name, one in named.items()}
     return type(self).get_placeholder_mask(self, input_ids, inputs_embeds, *features, **named)
+
+
+@torch.compiler.assume_constant_result
+def _leaves_out_checks() -> bool:
+    """Whether Dynamo traces with `without_checks()` now."""
+    return bool(_CHECKS & getattr(torch._dynamo.config, "ignore_logging_functions", set()))
+
+
+# transformers' checks that features and placeholder tokens agree in number.
+_CHECKS = {getattr(transformers.utils, "torch_compilable_check", None)} - {None}
+
+
+def without_checks() -> dict[str, Any]:
+    """Dynamo's settings that leave out transformers' checks of features against placeholder tokens, each of which
+    breaks the graph and waits for the device. Empty where torch or transformers lack the means."""
+    ignored = getattr(torch._dynamo.config, "ignore_logging_functions", None)
+    return {} if ignored is None else {"ignore_logging_functions": {*ignored, *_CHECKS}}
 
 
 def _picks_embeddings(base: nn.Module) -> bool:

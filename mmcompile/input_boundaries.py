@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mmcompile.errors import BoundaryError
+
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 _PLACEHOLDER_MASKS = {IMAGE: ("images_seq_mask", "visual_pos_masks", "image_mask"), VIDEO: ("video_mask",)}
 
@@ -28,6 +30,7 @@ def boundary_tensors_of(config: Any, inputs: Mapping[str, Any]) -> BoundaryTenso
 
     Grids are told, first found first used, by `image_grid_thw` and `video_grid_thw`, by multimodal `position_ids`, or
     by the config's sizes of an image. One is given only where it holds a segment's tokens exactly; zeros elsewhere.
+    Raises BoundaryError for `mm_token_type_ids` of fewer tokens than the prompt has.
     """
     kinds = _token_modality(config, inputs)
     positions = inputs.get("position_ids")
@@ -65,6 +68,8 @@ def _token_modality(config: Any, inputs: Mapping[str, Any]) -> torch.Tensor | No
     tokens = ids if isinstance(ids, torch.Tensor) else inputs.get("inputs_embeds")
     length = tokens.shape[1] if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 else None
     if isinstance(types, torch.Tensor) and types.dim() == 2:
+        if length is not None and types.shape[1] < length:
+            raise BoundaryError(f"mm_token_type_ids: {types.shape[1]} tokens; must be at least {length}, as the prompt")
         # After a prefix, and in chunks of a prompt, types may go back to the first token of all.
         return types[:, -length:].to(torch.int32) if length else types.to(torch.int32)
     if isinstance(ids, torch.Tensor) and ids.dim() == 2 and placeholder_ids(config):

@@ -163,6 +163,19 @@ def bound_boundaries() -> ModalityBoundaries | BoundaryTensors | None:
     return _bound.get()
 
 
+def bound_tensors(device: torch.device, batch: int | None, length: int | None) -> BoundaryTensors | None:
+    """The bound boundaries on a device; None where nothing is bound.
+
+    Raises BoundaryError where they do not fit the batch and length of the queries; None for one that is not known.
+    """
+    bound = bound_boundaries()
+    if not isinstance(bound, ModalityBoundaries):
+        return bound
+    if batch is not None and length is not None:
+        bound.check_fits(batch, length)
+    return bound.tensors(device)
+
+
 def unknown_boundaries(device: torch.device) -> BoundaryTensors:
     """One segment that holds everything and says nothing: positions past the batch's end are cut off."""
     # Filled on the device: a copy from the host would wait for what the device is doing.

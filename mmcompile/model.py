@@ -1,33 +1,21 @@
 """Compile a model in place, with its encoders run first and the boundaries of every call taken from its own inputs."""
 
 import difflib
-import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import transformers.utils
 from torch import fx, nn
 
 from mmcompile.backend import mminference
-from mmcompile.encode_first import EncodeFirst, encodes_first
 from mmcompile.errors import OptionError
-from mmcompile.input_boundaries import boundary_tensors_of
-from mmcompile.modality import bind, bound_boundaries
 from mmcompile.options import Options
-from mmcompile.prefill import forget_stats
+from mmcompile.prefill_steps import with_prefill_steps
 from mmcompile.vision_attention import pack_vision_attention
 
-log = logging.getLogger(__name__)
-
 _TORCH_NAMES = ("fullgraph", "dynamic", "mode")
-# Prefill and decode, with and without padding, cache, beams and chunks are graphs of their own; past torch's limit of 8
-# all of them would run uncompiled, and with a mask of queries x keys.
-_MOST_GRAPHS = 64
 
 
 def compile(
@@ -78,7 +66,7 @@ def compile(
     if hasattr(model, "generate"):
         model.create_masks_for_generate = MasksForGenerate.of(model)  # type: ignore[assignment]
     compiled: Callable[..., Any] = model._compiled_call_impl  # type: ignore[assignment]  # set by the line above
-    model._compiled_call_impl = _with_prefill_steps(model, compiled)
+    model._compiled_call_impl = with_prefill_steps(model, compiled)
     return model
 
 
@@ -140,58 +128,6 @@ def _check_mode(mode: str | None, inner: str) -> None:
         raise OptionError(f'mode={mode!r}: only inner="inductor" has modes, not {inner!r}')
 
 
-def _with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled call, with what comes before a prefill; decode steps go straight to it."""
-    config = getattr(model, "config", None)
-    signature = inspect.signature(model.forward)
-    encode = EncodeFirst(model) if encodes_first(model) else None
-
-    @functools.wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return compiled(*args, **kwargs)
-        inputs = _by_name(signature, args, kwargs)
-        if inputs is None:
-            return model._call_impl(*args, **kwargs)
-        if _is_decode_step(inputs):
-            with _tracing():
-                return compiled(*args, **kwargs)
-        forget_stats(model)
-        fits = None
-        if encode is not None:
-            args, (kwargs, fits) = (), encode(inputs)
-            inputs["position_ids"] = kwargs.get("position_ids")
-        if fits is False:
-            log.warning("placeholder tokens and features differ in number: this call runs uncompiled")
-            return model._call_impl(**kwargs)
-        boundaries = boundary_tensors_of(config, inputs) if bound_boundaries() is None else None
-        with _tracing(without_checks=bool(fits)), nullcontext() if boundaries is None else bind(boundaries):
-            return compiled(*args, **kwargs)
-
-    return call
-
-
-@contextmanager
-def _tracing(*, without_checks: bool = False) -> Iterator[None]:
-    """How Dynamo traces inside the `with` block of this thread.
-
-    without_checks: leave out transformers' checks that features and placeholder tokens agree, each of which breaks the
-    graph and waits for the device. Where torch or transformers lack the means, they stay.
-    """
-    config: Any = torch._dynamo.config
-    settings: dict[str, Any] = {
-        "recompile_limit": max(config.recompile_limit, _MOST_GRAPHS),
-        # Decoders that add features at the placeholders of some layers index by a mask (Qwen3-VL's deepstack): each
-        # such layer would break the graph.
-        "capture_dynamic_output_shape_ops": True,
-    }
-    check = getattr(transformers.utils, "torch_compilable_check", None) if without_checks else None
-    if check is not None and hasattr(config, "ignore_logging_functions"):
-        settings["ignore_logging_functions"] = {*config.ignore_logging_functions, check}
-    with config.patch(settings):
-        yield
-
-
 class _NoMetricsErrors(logging.Filter):
     """Drops what torch before 2.13 logs at every compilation: that it cannot write a set of functions as JSON."""
 
@@ -201,23 +137,3 @@ class _NoMetricsErrors(logging.Filter):
 
 if torch.__version__ < "2.13":
     logging.getLogger("torch._dynamo.metrics_context").addFilter(_NoMetricsErrors())
-
-
-def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """A call's arguments by their names; None where they do not fit, which the call itself says best."""
-    try:
-        inputs = dict(signature.bind_partial(*args, **kwargs).arguments)
-    except TypeError:
-        return None
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            inputs |= inputs.pop(parameter.name, {})
-    return inputs
-
-
-def _is_decode_step(inputs: Mapping[str, Any]) -> bool:
-    """One token a sequence: attention stays dense, and what precedes a prefill would cost time at every token."""
-    tokens = inputs.get("input_ids")
-    if tokens is None:
-        tokens = inputs.get("inputs_embeds")
-    return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1

@@ -3,7 +3,9 @@
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +14,7 @@ from torch import fx, nn
 
 from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
 from mmcompile.kernels.patterns import HeadPattern, plan_rows
-from mmcompile.modality import ModalityBoundaries, bound_boundaries, unknown_boundaries
-from mmcompile.passes.decide import SiteRecord
+from mmcompile.modality import ModalityBoundaries, bound_boundaries, bound_tensors, unknown_boundaries
 from mmcompile.passes.graph import Size, fake_value, placeholders, same_size
 from mmcompile.passes.pipeline import Rewritten
 
@@ -22,7 +23,9 @@ from mmcompile.passes.pipeline import Rewritten
 class HeadStats:
     """What one head did in the last prefill, the mean over the batch.
 
-    density: computed tiles as a fraction of those that dense attention computes. recall: estimated share of the
+    density: computed tiles as a fraction of those that dense attention computes, 128 single keys counted as a tile.
+    Some tiles are always computed (the diagonal, the first keys), and an order other than the tokens' own may need more
+    of them: in a prompt of a few tiles density can be above the cap, and above 1. recall: estimated share of the
     attention that they hold; None where the pattern is known beforehand, so that nothing was estimated. target: the
     share that was asked for; None where none was.
     """
@@ -42,7 +45,8 @@ class HeadStats:
 class SiteStats:
     """What one attention site did in the last prefill of its model.
 
-    density: the mean over its heads; 1.0 where the prefill was shorter than `min_tokens` and ran dense.
+    density: the mean over its heads; 1.0 where the prefill was shorter than `min_tokens` and ran dense. dense: why an
+    attention of `register_attention` ran on torch's; it has no heads then.
     """
 
     module_path: str
@@ -50,6 +54,7 @@ class SiteStats:
     density: float
     patterns: tuple[str, ...]
     heads: tuple[HeadStats, ...]
+    dense: str = ""
 
     @property
     def recall(self) -> float | None:
@@ -63,23 +68,28 @@ class SiteStats:
 
 
 @dataclass(frozen=True)
-class _Site:
-    """What turns a plan's figures into stats."""
+class SparseSite:
+    """What turns a plan's figures into stats.
 
-    record: SiteRecord
-    patterns: tuple[HeadPattern, ...]  # of each head
-    recall: float | None  # option
+    patterns: of each head. rows: the row of the figures that each head follows. recall: the option.
+    """
+
+    module_path: str
+    layer: int | None
+    patterns: tuple[HeadPattern, ...]
+    rows: tuple[int, ...]
+    recall: float | None
 
     def stats(self, density: torch.Tensor, recall: torch.Tensor) -> SiteStats:
         """density, recall: float [B, P]."""
-        row = plan_rows(self.patterns).of_head
         densities, recalls = (figure.float().mean(0).tolist() for figure in (density, recall))
         heads = [
-            HeadStats(str(pattern), densities[p], _known(recalls[p]), self._target(pattern))
-            for pattern, p in zip(self.patterns, row, strict=True)
+            HeadStats(str(pattern), densities[row], _known(recalls[row]), self._target(pattern))
+            for pattern, row in zip(self.patterns, self.rows, strict=True)
         ]
         mean = sum(head.density for head in heads) / len(heads)
-        return SiteStats(self.record.module_path, self.record.layer, mean, self.record.patterns, tuple(heads))
+        names = tuple(dict.fromkeys(str(pattern) for pattern in self.patterns))
+        return SiteStats(self.module_path, self.layer, mean, names, tuple(heads))
 
     def _target(self, pattern: HeadPattern) -> float | None:
         if pattern.kind != "top_p":
@@ -87,8 +97,39 @@ class _Site:
         return pattern.mass if self.recall is None else self.recall
 
 
+@dataclass(frozen=True)
+class DenseSite:
+    """An attention of `register_attention` that ran on torch's, and why."""
+
+    module_path: str
+    layer: int | None
+    why: str
+
+    def stats(self, *_: torch.Tensor) -> SiteStats:
+        """There are no figures."""
+        return SiteStats(self.module_path, self.layer, 1.0, (), (), self.why)
+
+
 def _known(figure: float) -> float | None:
     return None if math.isnan(figure) else figure
+
+
+_prefilling: ContextVar[bool] = ContextVar("prefilling", default=False)
+
+
+@contextmanager
+def prefilling() -> Iterator[None]:
+    """What is compiled inside the `with` block belongs to a prefill."""
+    token = _prefilling.set(True)
+    try:
+        yield
+    finally:
+        _prefilling.reset(token)
+
+
+def is_prefilling() -> bool:
+    """Whether a prefill is known to run now: plain `torch.compile` tells nobody."""
+    return _prefilling.get()
 
 
 class CompiledPrefill:
@@ -102,7 +143,16 @@ class CompiledPrefill:
         site = rewritten.sparse[0].site
         own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
         self._compiled = compiled
-        self._sites = tuple(_Site(one.record, one.patterns, rewritten.recall) for one in rewritten.sparse)
+        self._sites = tuple(
+            SparseSite(
+                one.record.module_path,
+                one.record.layer,
+                one.patterns,
+                plan_rows(one.patterns).of_head,
+                rewritten.recall,
+            )
+            for one in rewritten.sparse
+        )
         self._device = fake_value(site.query).device
         self._positions = _find_positions(own, site.batch, site.query_length)
         self._batch = _find_size(own, site.batch)
@@ -117,16 +167,24 @@ class CompiledPrefill:
         return outputs[:own]
 
     def _boundaries(self, inputs: Sequence[Any]) -> BoundaryTensors:
-        bound = bound_boundaries()
-        if isinstance(bound, BoundaryTensors):
+        batch, length = (None if read is None else read(inputs) for read in (self._batch, self._length))
+        bound = bound_tensors(self._device, batch, length)
+        if bound is not None:
             return bound
-        if isinstance(bound, ModalityBoundaries):
-            if self._batch is not None and self._length is not None:
-                bound.check_fits(self._batch(inputs), self._length(inputs))
-            return bound.tensors(self._device)
         if self._positions is not None:
             return boundaries_from_positions(inputs[self._positions])
         return unknown_boundaries(self._device)
+
+
+def dense_prefill(compiled: Callable[..., Any], module: fx.GraphModule) -> Callable[..., Any]:
+    """A compiled graph of a prefill that was rewritten nowhere: `stats` has nothing of this model from then on."""
+    parameters = [index for index, node in enumerate(placeholders(module.graph)) if _is_parameter(node)]
+
+    def run(*inputs: Any) -> Any:
+        _last_prefills.forget(inputs[index] for index in parameters)
+        return compiled(*inputs)
+
+    return run
 
 
 def tells_boundaries(module: fx.GraphModule) -> bool:
@@ -173,9 +231,13 @@ def _find_size(inputs: Sequence[fx.Node], size: Size) -> Callable[[Sequence[Any]
 def _find_parameter(inputs: Sequence[fx.Node]) -> int | None:
     """An input that is a parameter: it tells at run time which model the graph is serving."""
     for index, node in enumerate(inputs):
-        if isinstance(fake_value(node), nn.Parameter):
+        if _is_parameter(node):
             return index
     return None
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    return isinstance(fake_value(node), nn.Parameter)
 
 
 class _LastPrefills:
@@ -183,9 +245,12 @@ class _LastPrefills:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[int, tuple[weakref.ref[Any], tuple[_Site, ...], tuple[torch.Tensor, ...]]] = {}
+        self._kept: dict[int, tuple[weakref.ref[Any], tuple[SparseSite | DenseSite, ...], Sequence[torch.Tensor]]] = {}
 
-    def keep(self, parameter: torch.Tensor, sites: tuple[_Site, ...], figures: Sequence[torch.Tensor]) -> None:
+    def keep(
+        self, parameter: torch.Tensor, sites: tuple[SparseSite | DenseSite, ...], figures: Sequence[torch.Tensor]
+    ) -> None:
+        """figures: density and recall of each of the sites, if they are sparse."""
         key = id(parameter)
 
         def forget(_: object) -> None:
@@ -194,9 +259,9 @@ class _LastPrefills:
         with self._lock:
             self._kept[key] = (weakref.ref(parameter, forget), sites, tuple(figures))
 
-    def forget(self, model: nn.Module) -> None:
+    def forget(self, parameters: Iterable[Any]) -> None:
         with self._lock:
-            for parameter in model.parameters():
+            for parameter in parameters:
                 self._kept.pop(id(parameter), None)
 
     def of(self, model: nn.Module) -> list[SiteStats]:
@@ -215,12 +280,18 @@ _last_prefills = _LastPrefills()
 def stats(model: nn.Module) -> list[SiteStats]:
     """What each rewritten attention of `model` did in its last prefill, in execution order.
 
-    Empty before the first prefill, and where nothing was rewritten. Plain `torch.compile` tells nobody when a prefill
-    begins: there, one that was rewritten nowhere leaves the figures of the one before. Waits for the device.
+    Empty before the first prefill, and where nothing was rewritten. Waits for the device.
     """
     return _last_prefills.of(model)
 
 
+def keep_site(module: nn.Module, site: SparseSite | DenseSite, *figures: torch.Tensor) -> None:
+    """Keep what one attention module did in a prefill that now runs without a compiler."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        _last_prefills.keep(parameter, (site,), figures)
+
+
 def forget_stats(model: nn.Module) -> None:
     """Drop what `stats` has of `model`: another prefill begins."""
-    _last_prefills.forget(model)
+    _last_prefills.forget(model.parameters())

@@ -1,6 +1,7 @@
 """What was decided for every attention of a model, without running one: `explain` and its report."""
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import fx
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import Cache
 
+from mmcompile.encode_first import EncodeFirst, encodes_first
 from mmcompile.options import Options
+from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.find_attention import find_attention, stack_of
 from mmcompile.passes.graph import copy_graph
 from mmcompile.passes.pipeline import run_passes
+from mmcompile.prefill_steps import by_name, is_decode_step, tracing
+from mmcompile.reference_runs import copy_sharing_weights
 
 _COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "reason", "pattern")
 
@@ -26,12 +32,14 @@ _COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "re
 class Report:
     """The attention sites of one call of a model, in execution order, and the graphs they were found in.
 
-    sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke
+    sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke.
+    no_cuda_graph: of each graph that is left out of CUDA graphs, should a mode turn them on, the reason.
     """
 
     sites: tuple[SiteRecord, ...]
     graph_count: int
     breaks: tuple[str, ...]
+    no_cuda_graph: tuple[str, ...]
 
     @property
     def sparse_count(self) -> int:
@@ -43,6 +51,7 @@ class Report:
         return {
             "graph_count": self.graph_count,
             "breaks": list(self.breaks),
+            "no_cuda_graph": list(self.no_cuda_graph),
             "sparse": self.sparse_count,
             "dense": len(self.sites) - self.sparse_count,
             "sites": [site.to_dict() for site in self.sites],
@@ -67,6 +76,7 @@ class Report:
         return (
             f"{self.sparse_count} sparse, {dense} dense, in {self.graph_count} graphs "
             f"with {len(self.breaks)} graph breaks"
+            + "".join(f"; left out of CUDA graphs: {why}" for why in dict.fromkeys(self.no_cuda_graph))
         )
 
     def __str__(self) -> str:
@@ -130,10 +140,11 @@ def _likeness(site: SiteRecord) -> dict[str, Any]:
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Say for every attention of `model(*args, **kwargs)` whether the backend would make it sparse, and why.
 
-    The call runs under no_grad with every attention replaced by an empty result, so no attention kernel runs
-    and what the call returns means nothing. `options=Options(...)` or a mapping among the keyword arguments
-    is taken as the backend's options. Dynamo's caches are reset before and after, so compiled models compile
-    again at their next call.
+    The call is traced as `mmcompile.compile(model)` traces it: encoders run first, where it runs them, and are no part
+    of the graphs; plain `torch.compile` may break the same call into more. It runs under no_grad with every attention
+    replaced by an empty result, so no attention kernel runs and what the call returns means nothing.
+    `options=Options(...)` or a mapping among the keyword arguments is taken as the backend's options. Dynamo's caches
+    are reset before and after, so compiled models compile again at their next call.
     """
     options = Options.parse(kwargs.pop("options", None))
     recorder = _Recorder(options)
@@ -142,10 +153,38 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024):
             # The call would go on filling a cache of the caller's, and with attention left out, with nothing.
             args, kwargs = tree_map(_own_copy, (args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
-            torch.compile(model, backend=recorder)(*args, **kwargs)
+            checks, positions = True, kwargs.get("position_ids") is None
+            if isinstance(model, nn.Module) and encodes_first(model):
+                positions = False
+                model = copy_sharing_weights(model)  # running encoders first leaves traces on a model
+                args, kwargs, checks = _with_encoders_run(model, args, kwargs)
+            with tracing(checks=checks, positions=positions):
+                torch.compile(model, backend=recorder)(*args, **kwargs)
     finally:
         torch.compiler.reset()
-    return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks))
+    return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks), tuple(recorder.no_cuda_graph))
+
+
+def _with_encoders_run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    """The arguments that `mmcompile.compile` traces the call with, and whether with transformers' checks."""
+    inputs = by_name(inspect.signature(model.forward), args, kwargs)
+    if inputs is None or is_decode_step(inputs):
+        return args, kwargs, True
+    with _WithoutAttention():
+        encoded = EncodeFirst(model)(inputs)
+    return (args, kwargs, True) if encoded.fits is False else ((), encoded.inputs, not encoded.fits)
+
+
+class _WithoutAttention(TorchFunctionMode):
+    """Attention returns zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return torch.zeros_like(args[0] if args else kwargs["query"])
 
 
 def _own_copy(argument: Any) -> Any:
@@ -159,6 +198,7 @@ class _Recorder:
         self.options = options
         self.records: list[SiteRecord] = []
         self.breaks: list[str] = []
+        self.no_cuda_graph: list[str] = []
         self.graph_count = 0
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -166,7 +206,11 @@ class _Recorder:
         reason = getattr(module, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break:
             self.breaks.append(_describe_break(reason))
-        self.records += run_passes(module, **self.options.for_passes).records
+        rewritten = run_passes(module, **self.options.for_passes)
+        self.records += rewritten.records
+        why = why_no_cuda_graph(rewritten)
+        if why is not None:
+            self.no_cuda_graph.append(why)
         return without_attention(module)
 
 

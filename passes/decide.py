@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.confirm_mask import confirm_mask
 from mmcompile.passes.find_attention import AttentionSite, UnreadAttention
@@ -25,9 +26,6 @@ from mmcompile.passes.mask_spec import MaskSpec, OpaqueMask
 from mmcompile.passes.read_mask import read_mask
 
 Patterns = HeadPattern | Sequence[Sequence[HeadPattern]]  # one for every head, or [layer][head]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_HEAD_DIM = 256
 
 
 class Reason(StrEnum):
@@ -157,7 +155,7 @@ def _require_supported(site: AttentionSite) -> None:
         raise _Refusal(Reason.DROPOUT, f"dropout_p={site.dropout_p}; call model.eval()")
     if any(operand.requires_grad for operand in operands):
         raise _Refusal(Reason.GRADIENT, "call the model under torch.no_grad() or torch.inference_mode()")
-    if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         raise _Refusal(Reason.UNSUPPORTED, f"dtypes {query.dtype}, {key.dtype}, {value.dtype}")
     if not (query.device == key.device == value.device) or query.device.type not in ("cpu", "cuda"):
         raise _Refusal(Reason.UNSUPPORTED, f"devices {query.device}, {key.device}, {value.device}")
@@ -170,8 +168,8 @@ def _require_supported(site: AttentionSite) -> None:
         raise _Refusal(Reason.UNSUPPORTED, "query, key and value differ in head dim")
     if site.scale is not None and not site.scale > 0:
         raise _Refusal(Reason.UNSUPPORTED, f"scale={site.scale}, must be above 0")
-    if query.shape[3] > _MAX_HEAD_DIM:
-        raise _Refusal(Reason.UNSUPPORTED, f"head dim {query.shape[3]}, at most {_MAX_HEAD_DIM}")
+    if query.shape[3] > MAX_HEAD_DIM:
+        raise _Refusal(Reason.UNSUPPORTED, f"head dim {query.shape[3]}, at most {MAX_HEAD_DIM}")
     if not (same_size(query.shape[0], key.shape[0]) and same_size(key.shape[0], value.shape[0])):
         raise _Refusal(Reason.UNSUPPORTED, "query, key and value differ in batch")
     if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1] != 0:

@@ -16,6 +16,7 @@ _SDPA_TARGETS = (
     torch.ops.aten.scaled_dot_product_attention.default,
 )
 _SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # positional, in order
+_NOT_A_SITE = "query, key and value are not all [B, H, S, D], or scale or dropout are known to the data alone"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -116,7 +117,7 @@ def _scan(module: fx.GraphModule) -> Iterator[AttentionSite | UnreadAttention]:
             if site is not None:
                 yield site
             else:
-                why = "inside vmap" if nesting else "query, key and value are not all [B, H, S, D]"
+                why = "inside vmap" if nesting else _NOT_A_SITE
         elif name == "flex_attention":
             why = "FlexAttention, not scaled_dot_product_attention"
         elif _weighs_values(node):
@@ -151,6 +152,9 @@ def _bind(node: fx.Node, written: frozenset[fx.Node]) -> AttentionSite | None:
         operand_value = fake_value(operand) if isinstance(operand, fx.Node) else None
         if not isinstance(operand_value, torch.Tensor) or operand_value.dim() != 4:
             return None
+    dropout_p, scale = _constant(bound.get("dropout_p", 0.0)), _constant(bound.get("scale"))
+    if dropout_p is None or (scale is None and bound.get("scale") is not None):
+        return None
     unrepeated = undo_repeat_kv(key), undo_repeat_kv(value)
     same_heads = same_size(fake_value(unrepeated[0]).shape[1], fake_value(unrepeated[1]).shape[1])
     # Heads that were repeated into new memory no longer follow a source that is written to afterwards.
@@ -163,10 +167,20 @@ def _bind(node: fx.Node, written: frozenset[fx.Node]) -> AttentionSite | None:
         value=value,
         mask=bound.get("attn_mask"),
         is_causal=bool(bound.get("is_causal", False)),
-        dropout_p=float(bound.get("dropout_p", 0.0)),
-        scale=bound.get("scale"),
+        dropout_p=dropout_p,
+        scale=scale,
         module_path=_module_path(node),
     )
+
+
+def _constant(number: Any) -> float | None:
+    """A scale or a probability as a number; None where it is none, or is known to the data alone.
+
+    With `dynamic=True` Dynamo makes symbols of a model's floats; reading one tells it to compile for that value.
+    """
+    value = fake_value(number) if isinstance(number, fx.Node) else number
+    known = isinstance(value, int | float) or (isinstance(value, torch.SymFloat) and value.node.hint is not None)
+    return float(value) if known else None
 
 
 def undo_repeat_kv(node: fx.Node) -> fx.Node:

@@ -41,7 +41,7 @@ class Figure:
     @classmethod
     def begin(cls, title: str, notes: str, device: str = "cuda") -> "Figure":
         """A figure with no rows yet, of this command at this commit, measured on "cuda" or on "cpu"."""
-        return cls(title, _command(), _commit(), _versions(device), _device(device), notes)
+        return cls(title, _command(), commit(), versions(device), _device(device), notes)
 
     @classmethod
     def load(cls, path: str | Path) -> "Figure":
@@ -80,7 +80,8 @@ def _command() -> str:
     return shlex.join(["python", *(["-m", "mmcompile"] if ours else [script]), *arguments])
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The source's commit, marked where the working tree differs from it."""
     # Where the sources were copied without their history, whoever copied them can say.
     if "GIT_COMMIT" in os.environ:
         return os.environ["GIT_COMMIT"]
@@ -99,14 +100,15 @@ def _git(*arguments: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
-def _versions(device: str) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions(device: str) -> dict[str, str]:
+    """What a result depends on besides the source, on "cuda" or on "cpu"."""
+    found = {"python": platform.python_version()}
     for name in ("torch", "triton", "transformers"):
         if importlib.util.find_spec(name) is not None:
-            versions[name] = importlib.import_module(name).__version__
+            found[name] = importlib.import_module(name).__version__
     if device == "cuda" and torch.backends.cudnn.is_available():
-        versions["cuDNN"] = str(torch.backends.cudnn.version())
-    return versions
+        found["cuDNN"] = str(torch.backends.cudnn.version())
+    return found
 
 
 def _device(device: str) -> str:

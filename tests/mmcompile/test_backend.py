@@ -1,6 +1,7 @@
 """The backend on small attentions: what it rewrites, what it leaves untouched, and what it says."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -324,12 +325,53 @@ def test_two_models_in_one_process_keep_their_own_stats():
     assert mmcompile.stats(nn.Linear(2, 2)) == []
 
 
+def test_a_prefill_that_is_rewritten_nowhere_leaves_no_figures_of_the_one_before():
+    model = Decoder()
+    run = compiled(model)
+    with torch.no_grad():
+        run(tokens(300))
+    assert len(mmcompile.stats(model)) == 2
+    run(tokens(300))  # gradients are needed
+    assert mmcompile.stats(model) == []
+
+
 @torch.no_grad()
 def test_the_log_shows_the_same_records(caplog):
     with caplog.at_level(logging.DEBUG, logger="mmcompile"):
         compiled(Decoder())(tokens(200))
     assert "causal prefill" in caplog.text
     assert "torch.ops.mminference.block_sparse_attention" in caplog.text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mode", "config", "dense"),
+    [
+        (None, False, False),
+        (None, True, True),
+        ("default", True, True),
+        ("reduce-overhead", False, True),
+        ("max-autotune", False, True),
+        ("max-autotune-no-cudagraphs", False, False),
+    ],
+)
+def test_cuda_graphs_are_for_what_stays_dense(mode, config, dense, monkeypatch, caplog):
+    seen = []
+
+    def inductor(module, example_inputs, config_patches=None):
+        with torch._inductor.config.patch(config_patches or {}):
+            seen.append((torch._inductor.config.triton.cudagraphs, torch._inductor.config.max_autotune))
+        return module.forward
+
+    monkeypatch.setattr("mmcompile.backend.lookup_backend", lambda name: inductor)
+    autotune = mode is not None and mode.startswith("max-autotune")
+    with torch._inductor.config.patch({"triton.cudagraphs": config}), caplog.at_level(logging.INFO, logger="mmcompile"):
+        for causal in (True, False):
+            # torch.compile takes options or a mode, mmcompile.compile both.
+            backend = partial(mminference, mode=mode, options={"min_tokens": 500})
+            torch.compile(Decoder(is_causal=causal), backend=backend, dynamic=True)(tokens(200))
+    assert seen == [(False, autotune), (dense, autotune)]
+    assert caplog.text.count("left out of CUDA graphs: its attention is sparse") == dense
 
 
 @torch.no_grad()
@@ -356,7 +398,9 @@ def test_explain_runs_no_attention_and_counts_graphs(monkeypatch):
     assert "graph_break" in report.breaks[0]
     assert [site.sparse for site in report.sites] == [True, True]
     assert '"graph_count": 2' in report.to_json()
-    assert "2 sparse, 0 dense, in 2 graphs with 1 graph breaks" in str(report)
+    assert len(report.no_cuda_graph) == 2
+    summary = "2 sparse, 0 dense, in 2 graphs with 1 graph breaks; left out of CUDA graphs: its attention is sparse"
+    assert summary in str(report)
 
 
 @torch.no_grad()

@@ -123,6 +123,17 @@ def test_bound_boundaries_reach_the_plan(sparse_calls):
         twin(**text)
 
 
+@torch.no_grad()
+def test_stats_are_of_the_last_prefill_and_say_what_ran_dense():
+    _, twin, prompt = pair("llava", density=None, patterns=HeadPattern("a_shape", 128, 128), min_tokens=500)
+    twin(input_ids=torch.randint(3, 400, (1, 600)))
+    found = mmcompile.stats(twin)
+    assert [site.layer for site in found] == [0, 1]
+    assert all(0 < site.density < 1 and site.dense == "" and len(site.heads) == 4 for site in found)
+    decode(twin, prompt["first"])
+    assert [(site.density, site.dense) for site in mmcompile.stats(twin)] == [(1.0, "too short")] * 2
+
+
 def test_training_is_sdpa_with_its_gradients_and_says_so_once(sparse_calls, caplog):
     model, twin, prompt = pair("llava")
     with caplog.at_level(logging.WARNING, logger="mmcompile"):
@@ -143,10 +154,15 @@ def test_what_is_more_than_causal_is_sdpa_and_said_once(sparse_calls, caplog):
         torch.testing.assert_close(twin(**prompt["first"]).logits, model(**prompt["first"]).logits, **TOLERANCE)
     assert "stays dense: the mask holds or_masks" in caplog.text
     assert not sparse_calls
+    assert [(site.layer, site.density) for site in mmcompile.stats(twin)] == [(0, 1.0), (1, 1.0)]
+    assert {site.dense for site in mmcompile.stats(twin)} == {"its mask is more than causal, window and padding"}
     static = {"cache_implementation": "static", "max_new_tokens": 3, "do_sample": False}
-    text = {"input_ids": torch.randint(3, 400, (1, 40))}
     llava, sparse, _ = pair("llava")
-    assert torch.equal(sparse.generate(**text, **static), llava.generate(**text, **static))
+    with caplog.at_level(logging.WARNING, logger="mmcompile"):
+        for length in (40, 50):
+            text = {"input_ids": torch.randint(3, 400, (1, length))}
+            assert torch.equal(sparse.generate(**text, **static), llava.generate(**text, **static))
+    assert caplog.text.count("a static cache") == 1
 
 
 @torch.no_grad()

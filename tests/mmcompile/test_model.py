@@ -3,16 +3,18 @@
 import copy
 import io
 import threading
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.registry import register_backend
+from transformers import DynamicCache, StaticCache
 
 import mmcompile
 from mmcompile import HeadPattern, PatternTable
-from mmcompile.encode_first import encodes_first
-from mmcompile.errors import OptionError
+from mmcompile.encode_first import encodes_first, get_placeholder_mask, without_checks
+from mmcompile.errors import BoundaryError, OptionError
 from mmcompile.huggingface import Text, prompts
 from tests.models.families import FAMILIES
 from tests.models.tiny import tiny_qwen2_5_vl, video
@@ -176,6 +178,21 @@ def test_features_that_do_not_fit_the_prompt_are_the_models_own_error(before, ca
         with pytest.raises(ValueError, match="features and video tokens do not match"):
             one(**inputs | {"input_ids": wrong, "mm_token_type_ids": None})
     assert "differ in number" in caplog.text
+
+
+def test_features_are_counted_as_the_model_counts_them_wherever_its_checks_stay():
+    class Counts(nn.Module):
+        def get_placeholder_mask(self, input_ids, inputs_embeds, features):
+            return inputs_embeds + features.numel() // features.shape[-1]  # as Granite Docling does
+
+    model, embeddings, features = Counts(), torch.zeros(3), torch.ones(5, 8)
+    model.get_placeholder_mask = MethodType(get_placeholder_mask, model)
+    run = torch.compile(lambda *inputs: model.get_placeholder_mask(None, *inputs), backend="count_graphs")
+    assert run(embeddings, features).tolist() == [5, 5, 5]
+    if without_checks():
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(without_checks()):
+            assert run(embeddings, features).tolist() == [1, 1, 1]  # the same for features of any number
 
 
 @encoders_first
@@ -352,6 +369,18 @@ def test_what_is_no_module_is_one_clear_error():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_symbols_from_the_first_call_on(family):
+    eager, model, inputs = pair(family)
+    mmcompile.compile(model, dynamic=True, **DENSE)  # Dynamo makes a symbol of the scale of attention too
+    for name in ("first", "longer"):
+        assert_close(model(**inputs[name]), eager(**inputs[name]), inputs[name])
+        assert len(mmcompile.stats(model)) == 2
+    if encodes_first(model):
+        assert len(graphs) == 1
+
+
+@torch.no_grad()
 def test_torchs_own_keywords_reach_torch():
     class Breaks(Scaled):
         def forward(self, x):
@@ -384,6 +413,86 @@ def test_a_static_cache_prefills_sparse_and_its_copy_generates(family):
 
 
 @torch.no_grad()
+def test_a_static_cache_that_a_prefill_allocates_keeps_its_addresses():
+    _, model = qwen()
+    mmcompile.compile(model, **DENSE)
+    cache = StaticCache(config=model.config, max_cache_len=600)
+    model(**short_video(model), past_key_values=cache)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            # What Dynamo reads, and Inductor's CUDA graphs need to write to an input in place.
+            assert tensor._dynamo_static_input_type == "unguarded"
+
+
+class Offloaded(DynamicCache):
+    """A cache that works like one which is offloaded to the host, without the streams that need a device."""
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        self.offloading = self.only_non_sliding = True
+        self.fetched, self.sent = [], []
+
+    def prefetch(self, layer_idx, only_non_sliding=True):
+        assert not torch.compiler.is_compiling()
+        self.fetched.append(layer_idx % len(self.layers))
+
+    def offload(self, layer_idx, only_non_sliding=True):
+        self.sent.append(layer_idx)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if not self.offloading:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        assert not torch.compiler.is_compiling()
+        self.offloading = False
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.offloading = True
+        self.prefetch(layer_idx + 1)
+        self.offload(layer_idx)
+        return result
+
+
+@torch.no_grad()
+def test_an_offloaded_cache_prefills_sparse_and_keeps_its_streams_out_of_the_graphs():
+    eager, model = qwen()
+    mmcompile.compile(model, **DENSE)
+    caches = [Offloaded(model.config), Offloaded(model.config)]
+    text = {"input_ids": torch.randint(3, 400, (1, 150))}
+    for step in (short_video(model), {"input_ids": torch.tensor([[7]])}, text):  # a prefill on a prefix in the end
+        for cache in caches:
+            cache.fetched.clear()
+        expected, got = (one(**step, past_key_values=cache) for one, cache in zip((eager, model), caches, strict=True))
+        torch.testing.assert_close(got.logits, expected.logits, **TOLERANCE)
+        assert caches[1].sent == caches[0].sent
+        assert caches[1].fetched[-1] == caches[0].fetched[-1] == 0  # what the next call begins with
+        if len(step["input_ids"][0]) > 1:
+            assert len(mmcompile.stats(model)) == 2
+    assert caches[1].offloading
+
+
+@torch.no_grad()
+def test_cuda_graphs_leave_out_all_of_a_prefill_and_what_returns_a_cache(monkeypatch, caplog):
+    _, model = qwen()
+    recorded = []
+
+    def inductor(module, example_inputs, config_patches):
+        recorded.append(config_patches["triton.cudagraphs"])
+        return module.forward
+
+    monkeypatch.setattr("mmcompile.backend.lookup_backend", lambda name: inductor)
+    mmcompile.compile(model, mode="reduce-overhead", min_tokens=0)
+    for cache, steps in ((None, False), (StaticCache(config=model.config, max_cache_len=600), True)):
+        recorded.clear()
+        with caplog.at_level("INFO", logger="mmcompile"):
+            cache = model(**short_video(model), past_key_values=cache).past_key_values
+            assert not any(recorded)
+            assert "left out of CUDA graphs: it is part of a prefill" in caplog.text
+            recorded.clear()
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        assert set(recorded) == {steps}
+    assert "left out of CUDA graphs: it returns a cache that grows" in caplog.text
+
+
+@torch.no_grad()
 def test_stats_are_of_the_last_prefill_alone():
     _, model = qwen()
     mmcompile.compile(model, **DENSE)
@@ -392,6 +501,38 @@ def test_stats_are_of_the_last_prefill_alone():
     with torch.enable_grad():
         model(**short_video(model))  # where gradients are needed, attention stays dense
     assert mmcompile.stats(model) == []
+
+
+@encoders_first
+@torch.no_grad()
+def test_a_direct_call_reads_the_same_grids_as_generate():
+    from mmcompile.prefill_steps import boundary_tensors_of as read
+
+    _, model, inputs = pair("llava")
+    found = []
+
+    def keep(config, inputs):
+        found.append(read(config, inputs))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmcompile.prefill_steps.boundary_tensors_of", keep)
+        # By its config an image might have another size than the tower gave it.
+        model.config.vision_config.image_size = 28
+        mmcompile.compile(model, **DENSE)
+        model(**inputs["first"])
+        model.generate(**inputs["first"], max_new_tokens=1)
+    direct, generated = found
+    for one, other in zip(direct, generated, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_types_of_fewer_tokens_than_the_prompt_are_one_clear_error():
+    _, model, inputs = pair("llava")
+    mmcompile.compile(model, **DENSE)
+    with pytest.raises(BoundaryError, match=r"mm_token_type_ids: 9 tokens; must be at least \d+, as the prompt"):
+        model(**inputs["first"], mm_token_type_ids=torch.zeros(1, 9, dtype=torch.int32))
 
 
 @encoders_first
