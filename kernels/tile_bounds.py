@@ -45,23 +45,41 @@ class TagBounds(NamedTuple):
     @classmethod
     def of_queries(cls, tags: Tensor) -> "TagBounds":
         """tags: int32 [B, 3, Sq] in slot order. The missing rows of a ragged tile count for nothing."""
-        position, segment, span = tags.unbind(1)
-        last = _greatest(position, LEAST)
-        return cls(_least(position), last, last, _least(segment), _greatest(segment, LEAST), *_span_bounds(span))
+        if tags.device.type == "cuda":
+            from mmcompile.kernels import tile_bounds_kernel
+
+            return tile_bounds_kernel.tag_bounds(tags, of_keys=False)
+        return query_bounds_cpu(tags)
 
     @classmethod
     def of_keys(cls, tags: Tensor) -> "TagBounds":
         """tags: int32 [B, 3, Sk] in slot order. The missing keys of a ragged tile count as not valid."""
-        position, segment, span = tags.unbind(1)
-        absent = position == INVALID
-        return cls(
-            _least(position),
-            _greatest(position.masked_fill(absent, LEAST), LEAST),
-            _greatest(position, INVALID),
-            _least(segment.masked_fill(absent, INVALID)),
-            _greatest(segment.masked_fill(absent, LEAST), LEAST),
-            *_span_bounds(span),
-        )
+        if tags.device.type == "cuda":
+            from mmcompile.kernels import tile_bounds_kernel
+
+            return tile_bounds_kernel.tag_bounds(tags, of_keys=True)
+        return key_bounds_cpu(tags)
+
+
+def query_bounds_cpu(tags: Tensor) -> TagBounds:
+    """`TagBounds.of_queries` in torch operations."""
+    position, segment, span = tags.unbind(1)
+    last = _greatest(position, LEAST)
+    return TagBounds(_least(position), last, last, _least(segment), _greatest(segment, LEAST), *_span_bounds(span))
+
+
+def key_bounds_cpu(tags: Tensor) -> TagBounds:
+    """`TagBounds.of_keys` in torch operations."""
+    position, segment, span = tags.unbind(1)
+    absent = position == INVALID
+    return TagBounds(
+        _least(position),
+        _greatest(position.masked_fill(absent, LEAST), LEAST),
+        _greatest(position, INVALID),
+        _least(segment.masked_fill(absent, INVALID)),
+        _greatest(segment.masked_fill(absent, LEAST), LEAST),
+        *_span_bounds(span),
+    )
 
 
 def _span_bounds(span: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,9 +94,21 @@ def _greatest(values: Tensor, absent: int) -> Tensor:
     return by_tile(values, absent).amax(-1)
 
 
-def least_and_greatest(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each tile of [B, S], over the values that count; int32 [B, n], least above greatest where none does."""
-    return _least(values.masked_fill(~counted, INVALID)), _greatest(values.masked_fill(~counted, LEAST), LEAST)
+def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest site of each tile, int32 [O, n]; least above greatest where a tile has none.
+
+    site: int32 [O, S] in slot order, negative for tokens without one.
+    """
+    if site.device.type == "cuda":
+        from mmcompile.kernels import tile_bounds_kernel
+
+        return tile_bounds_kernel.site_bounds(site)
+    return site_bounds_cpu(site)
+
+
+def site_bounds_cpu(site: Tensor) -> tuple[Tensor, Tensor]:
+    """`site_bounds` in torch operations."""
+    return _least(site.masked_fill(site < 0, INVALID)), _greatest(site.masked_fill(site < 0, LEAST), LEAST)
 
 
 def by_tile(values: Tensor, absent: int) -> Tensor:
@@ -133,6 +163,14 @@ class TileBounds:
             some &= query.segment_first <= key.segment_last
         return some
 
+    def count_non_empty(self) -> Tensor:
+        """How many tiles may hold an allowed element, int64 [B]."""
+        if self.query.first.device.type == "cuda":
+            from mmcompile.kernels import tile_bounds_kernel
+
+            return tile_bounds_kernel.count_non_empty(self)
+        return count_non_empty_cpu(self)
+
     def span_match(self, rows: slice) -> Tensor:
         """Tiles in which a query and a key may be of one span, bool [B, rows, nK]."""
         query, key = self._rows(rows), self._columns()
@@ -163,3 +201,8 @@ class TileBounds:
 
     def _columns(self) -> TagBounds:
         return TagBounds(*(bound[:, None, :] for bound in self.key))
+
+
+def count_non_empty_cpu(bounds: TileBounds) -> Tensor:
+    """`TileBounds.count_non_empty` in torch operations."""
+    return torch.stack([bounds.non_empty(rows).sum((1, 2)) for rows in bounds.chunks()]).sum(0)
