@@ -24,6 +24,8 @@ class Intervals(NamedTuple):
 
     @classmethod
     def stack(cls, runs: "list[Intervals]") -> "Intervals":
+        if len(runs) == 1:
+            return runs[0]
         return cls(torch.cat([run.first for run in runs], 1), torch.cat([run.last for run in runs], 1))
 
     def cover(self, rows: slice, key_tiles: int) -> Tensor:

@@ -23,7 +23,8 @@ from mmcompile.kernels.scene import Pair, Rows, Scene
 from mmcompile.kernels.scores import antidiagonal_mass, pooled_mass, sampled_mass
 from mmcompile.kernels.single_keys import Columns, block_end_count, block_ends, list_own_keys
 from mmcompile.kernels.tile_bounds import TileBounds, tile_count
-from mmcompile.kernels.tile_list import Layout, Levels, Places, find_cut, list_tiles
+from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places, find_cut, list_tiles
+from mmcompile.kernels.tile_list import density as density_of
 
 LEVELS_AT_ONCE = 2**26  # tiles of the plan rows that are estimated together: 128 MiB of levels
 
@@ -136,14 +137,19 @@ def plan(
     stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
     if key_length < min_tokens:
         return _without_tiles(result), stats
-    of_query = token_modality(offsets, modality, batch, query_length)
+    if any(pattern.needs_data or pattern.boundary == "2d" for pattern in rows):
+        of_query = token_modality(offsets, modality, batch, query_length)
+        of_key = of_keys(of_query, key_length, query_offset, 0)
+    else:  # nobody asks
+        of_query = offsets.new_zeros(batch, 1).expand(-1, query_length)
+        of_key = of_query[:, :1].expand(-1, key_length)
     scene = Scene(
         query,
         key,
         arrangement,
         _in_raster(arrangement.key_tags, arrangement.key_order, distinct_orders(rows)[1]),
         of_query,
-        of_keys(of_query, key_length, query_offset, 0),
+        of_key,
         scale,
         window,
         segments,
@@ -166,9 +172,7 @@ def plan(
             one = TilePlan(*(tensor[:, part] for tensor in result))
             held = stats.recall[:, part]
             _plan_rows(scene, pattern, heads[part], pairs, places, grid, budget, density, recall, one, held)
-    computed = result.counts.sum(2, dtype=torch.float64)  # [B, P, 5]
-    computed = computed[..., 1] + computed[..., 2] + computed[..., 4] / TILE
-    stats.density.copy_(computed / causal.clamp(min=1).unsqueeze(1))
+    density_of(result.counts, causal, stats.density)
     return result, stats
 
 
@@ -212,16 +216,13 @@ def _plan_rows(
     layout = Layout(places, rows.pair)
     wanted = _Wanted(Rings(layout)) if dense else _wanted(rows, layout, pattern, grid, seen, density, recall)
     columns = wanted.columns
-    if budget is not None:
-        budget = budget.repeat_interleave(len(heads))
     if columns is not None:
         _write(one.columns, columns.slots)
         _write(one.cold, columns.cold)
         _write(one.counts[..., 4], columns.counts)
-        if budget is not None:
-            budget = budget - (columns.counts.sum(-1) + TILE - 1) // TILE
-    target = None if pattern.pairs else _target(pattern, recall, wanted.held, layout)
-    cut = None if dense else find_cut(layout, wanted.levels, budget, target)
+    target = None if pattern.pairs else _target(pattern, recall)
+    limits = Limits(budget, target, None if columns is None else columns.counts, wanted.held)
+    cut = None if dense else find_cut(layout, wanted.levels, limits)
     hot_tiles = None if columns is None else columns.hot_tiles()
     list_tiles(layout, wanted.levels, cut, hot_tiles, one.counts, one.tiles)
     if pattern.kind == "columns" and not dense:
@@ -258,11 +259,11 @@ def _wanted(
         own = layout.places.choosing(chosen(rows.scene, intra, rows.pairs, pattern.boundary == "2d", grid))
         levels = _of_kind(rows, layout._replace(places=own), intra, grid, None, None).levels
         if isinstance(levels, MassLevels):  # one cut for the levels of all pairs would mean nothing
-            _stop_at(levels, layout, _target(intra, recall, None, layout))
+            _stop_at(levels, layout, Limits(recall=_target(intra, recall)))
         of_pairs.append((query, key, levels))
     rest = _of_kind(rows, layout, pattern, grid, seen, density)
     if isinstance(rest.levels, MassLevels):
-        _stop_at(rest.levels, layout, _target(pattern, recall, rest.held, layout))
+        _stop_at(rest.levels, layout, Limits(recall=_target(pattern, recall), held=rest.held))
     return rest._replace(levels=PairLevels(rows, layout, of_pairs, rest.levels))
 
 
@@ -305,18 +306,15 @@ def _most_attended(
     return _Wanted(levels, columns, torch.cat(held, 1) if held else None)
 
 
-def _target(pattern: HeadPattern, recall: float | None, held: Tensor | None, layout: Layout) -> Tensor | None:
-    """What tiles are to hold of the attention that single keys leave to them: float [N, nQ]. held: of all, by these."""
+def _target(pattern: HeadPattern, recall: float | None) -> float | None:
+    """The share of each query tile's attention that is wanted."""
     if pattern.kind != "top_p":
         return None
-    target = pattern.mass if recall is None else recall
-    if held is None:
-        return torch.full(layout.shape[:2], target, device=layout.pair.device)
-    return ((target - held) / (1.0 - held).clamp(min=1e-6)).clamp(min=0.0)
+    return pattern.mass if recall is None else recall
 
 
-def _stop_at(levels: MassLevels, layout: Layout, target: Tensor | None) -> None:
-    cut = find_cut(layout, levels, None, target)
+def _stop_at(levels: MassLevels, layout: Layout, limits: Limits) -> None:
+    cut = find_cut(layout, levels, limits)
     if cut is not None and cut.of_tile is not None:
         levels.stop_at(cut.of_tile)
 

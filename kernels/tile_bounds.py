@@ -45,41 +45,38 @@ class TagBounds(NamedTuple):
     @classmethod
     def of_queries(cls, tags: Tensor) -> "TagBounds":
         """tags: int32 [B, 3, Sq] in slot order. The missing rows of a ragged tile count for nothing."""
-        if tags.device.type == "cuda":
-            from mmcompile.kernels import tile_bounds_kernel
-
-            return tile_bounds_kernel.tag_bounds(tags, of_keys=False)
-        return query_bounds_cpu(tags)
+        position, segment, span = tags.unbind(1)
+        last = _greatest(position, LEAST)
+        return cls(_least(position), last, last, _least(segment), _greatest(segment, LEAST), *_span_bounds(span))
 
     @classmethod
     def of_keys(cls, tags: Tensor) -> "TagBounds":
         """tags: int32 [B, 3, Sk] in slot order. The missing keys of a ragged tile count as not valid."""
-        if tags.device.type == "cuda":
-            from mmcompile.kernels import tile_bounds_kernel
-
-            return tile_bounds_kernel.tag_bounds(tags, of_keys=True)
-        return key_bounds_cpu(tags)
-
-
-def query_bounds_cpu(tags: Tensor) -> TagBounds:
-    """`TagBounds.of_queries` in torch operations."""
-    position, segment, span = tags.unbind(1)
-    last = _greatest(position, LEAST)
-    return TagBounds(_least(position), last, last, _least(segment), _greatest(segment, LEAST), *_span_bounds(span))
+        position, segment, span = tags.unbind(1)
+        absent = position == INVALID
+        return cls(
+            _least(position),
+            _greatest(position.masked_fill(absent, LEAST), LEAST),
+            _greatest(position, INVALID),
+            _least(segment.masked_fill(absent, INVALID)),
+            _greatest(segment.masked_fill(absent, LEAST), LEAST),
+            *_span_bounds(span),
+        )
 
 
-def key_bounds_cpu(tags: Tensor) -> TagBounds:
-    """`TagBounds.of_keys` in torch operations."""
-    position, segment, span = tags.unbind(1)
-    absent = position == INVALID
-    return TagBounds(
-        _least(position),
-        _greatest(position.masked_fill(absent, LEAST), LEAST),
-        _greatest(position, INVALID),
-        _least(segment.masked_fill(absent, INVALID)),
-        _greatest(segment.masked_fill(absent, LEAST), LEAST),
-        *_span_bounds(span),
-    )
+def tag_bounds(query_tags: Tensor, key_tags: Tensor) -> tuple[TagBounds, TagBounds]:
+    """Of queries [B, 3, Sq] and keys [B, 3, Sk]."""
+    if query_tags.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import tile_bounds_kernel
+
+        return tile_bounds_kernel.tag_bounds(query_tags, key_tags)
+    return tag_bounds_cpu(query_tags, key_tags)
+
+
+def tag_bounds_cpu(query_tags: Tensor, key_tags: Tensor) -> tuple[TagBounds, TagBounds]:
+    """`tag_bounds` in torch operations."""
+    return TagBounds.of_queries(query_tags), TagBounds.of_keys(key_tags)
 
 
 def _span_bounds(span: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +137,7 @@ class TileBounds:
         segments=False, spans=False: promised to hold no segment, no span, which saves their comparisons.
         """
         window = None if window is None else min(window, MAX_TOKENS)
-        return cls(TagBounds.of_queries(query_tags), TagBounds.of_keys(key_tags), window, segments, spans)
+        return cls(*tag_bounds(query_tags, key_tags), window, segments, spans)
 
     @property
     def shape(self) -> tuple[int, int, int]:

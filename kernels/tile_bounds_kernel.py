@@ -11,11 +11,12 @@ from mmcompile.kernels.tile_bounds import TagBounds, TileBounds, tile_count
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY, Chosen
 
 TILES = 8  # tiles that one program reads the tags of
-KEY_TILES = 1024  # most key tiles of one step
-BOUNDS = len(TagBounds._fields)
+KEY_TILES = 256  # key tiles of one step
+WARPS = 4
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-UNSPECIALIZED = ["must_order_stride", "must_run_stride", "must_runs", "order_stride", "run_stride", "runs"]
-UNSPECIALIZED += ["length", "query_tiles", "key_tiles", "orders", "window", "reach"]
+SIZES = ["query_stride", "key_stride", "query_length", "key_length", "query_tiles", "key_tiles", "orders"]
+CLASS_SIZES = ["must_order_stride", "must_run_stride", "must_runs", "order_stride", "run_stride", "runs"]
+CLASS_SIZES += ["length", "query_tiles", "key_tiles", "orders", "window", "reach"]
 
 
 @triton.jit
@@ -25,48 +26,68 @@ def _store_bounds(output, index, stride, mask, least_of, greatest_of):
     tl.store(output + (index + 1) * stride, tl.max(greatest_of, 1), mask=mask)
 
 
-@triton.jit(do_not_specialize=["order_stride", "length", "tiles", "orders"])
-def _tag_bounds_kernel(
-    tags, output, order_stride, length, tiles, orders, OF_KEYS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
-):
-    """tags: int32 [orders, 3, length]. output: int32 [8, orders, tiles], the fields of `TagBounds`."""
+@triton.jit
+def _of_tags(
+    tags, output, order, block, order_stride, length, tiles, orders,
+    OF_KEYS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The bounds of some tiles of one order. output: int32 [8, orders, tiles], the fields of `TagBounds`."""
     LEAST: tl.constexpr = -2147483648
     INVALID: tl.constexpr = 2147483647
-    blocks = tl.cdiv(tiles, TILES)
-    order = (tl.program_id(0) // blocks).to(tl.int64)
-    tile = tl.program_id(0) % blocks * TILES + tl.arange(0, TILES)
+    tile = block * TILES + tl.arange(0, TILES)
     slot = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     inside = slot < length
     tags += order * order_stride
     position = tl.load(tags + slot, mask=inside, other=INVALID)
     segment = tl.load(tags + length + slot, mask=inside, other=INVALID)
     span = tl.load(tags + length + length + slot, mask=inside, other=INVALID)
-    # A key that is not valid counts for nothing but in `last_of_all`; nor does one past the end of a ragged tile.
-    usable = inside & (position != INVALID) if OF_KEYS else inside
+    # What is not valid, or past the end of a ragged tile, counts for nothing but in `last_of_all` of keys.
+    usable = position != INVALID
     last = tl.where(usable, position, LEAST)
-    last_of_all = position if OF_KEYS else last
-    segment_last = tl.where(usable, segment, LEAST)
-
     stride = orders.to(tl.int64) * tiles
     output += order * tiles + tile
     some = tile < tiles
     _store_bounds(output, 0, stride, some, position, last)
-    tl.store(output + 2 * stride, tl.max(last_of_all, 1), mask=some)
-    _store_bounds(output, 3, stride, some, tl.where(usable, segment, INVALID), segment_last)
+    tl.store(output + 2 * stride, tl.max(position if OF_KEYS else last, 1), mask=some)
+    _store_bounds(output, 3, stride, some, tl.where(usable, segment, INVALID), tl.where(usable, segment, LEAST))
     _store_bounds(output, 5, stride, some, tl.where(span < 0, INVALID, span), tl.where(inside, span, LEAST))
     tl.store(output + 7 * stride, tl.min(span, 1), mask=some)
 
 
-def tag_bounds(tags: Tensor, of_keys: bool) -> TagBounds:
-    """`TagBounds.of_keys` or `TagBounds.of_queries`. tags: int32 [O, 3, S], its last two dimensions contiguous."""
-    orders, _, length = tags.shape
-    tiles = tile_count(length)
-    output = torch.empty(BOUNDS, orders, tiles, dtype=torch.int32, device=tags.device)
-    with torch.cuda.device_of(tags):
-        _tag_bounds_kernel[(orders * triton.cdiv(tiles, TILES),)](
-            tags, output, tags.stride(0), length, tiles, orders, of_keys, TILE, TILES, num_warps=4
+@triton.jit(do_not_specialize=SIZES)
+def _tag_bounds_kernel(
+    query_tags, key_tags, query_bounds, key_bounds,
+    query_stride, key_stride, query_length, key_length, query_tiles, key_tiles, orders,
+    TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """query_tags, key_tags: int32 [orders, 3, length]. Programs of queries first, then those of keys."""
+    of_queries = tl.cdiv(query_tiles, TILES)
+    of_keys = tl.cdiv(key_tiles, TILES)
+    order = (tl.program_id(0) // (of_queries + of_keys)).to(tl.int64)
+    block = tl.program_id(0) % (of_queries + of_keys)
+    if block < of_queries:
+        _of_tags(
+            query_tags, query_bounds, order, block, query_stride, query_length, query_tiles, orders, False, TILE, TILES
         )
-    return TagBounds(*output.unbind(0))
+    else:
+        block -= of_queries
+        _of_tags(key_tags, key_bounds, order, block, key_stride, key_length, key_tiles, orders, True, TILE, TILES)
+
+
+def tag_bounds(query_tags: Tensor, key_tags: Tensor) -> tuple[TagBounds, TagBounds]:
+    """`tile_bounds.tag_bounds`. Tags: their last two dimensions contiguous."""
+    orders, _, query_length = query_tags.shape
+    key_length = key_tags.shape[2]
+    query_tiles, key_tiles = tile_count(query_length), tile_count(key_length)
+    fields = len(TagBounds._fields)
+    of_queries = torch.empty(fields, orders, query_tiles, dtype=torch.int32, device=query_tags.device)
+    of_keys = torch.empty(fields, orders, key_tiles, dtype=torch.int32, device=query_tags.device)
+    with torch.cuda.device_of(query_tags):
+        _tag_bounds_kernel[(orders * (triton.cdiv(query_tiles, TILES) + triton.cdiv(key_tiles, TILES)),)](
+            query_tags, key_tags, of_queries, of_keys, query_tags.stride(0), key_tags.stride(0),
+            query_length, key_length, query_tiles, key_tiles, orders, TILE, TILES, num_warps=WARPS,
+        )  # fmt: skip
+    return TagBounds(*of_queries.unbind(0)), TagBounds(*of_keys.unbind(0))
 
 
 @triton.jit(do_not_specialize=["length", "tiles", "total"])
@@ -92,7 +113,7 @@ def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
     output = torch.empty(2, orders, tiles, dtype=torch.int32, device=site.device)
     with torch.cuda.device_of(site):
         _site_bounds_kernel[(orders * triton.cdiv(tiles, TILES),)](
-            site, output, length, tiles, orders * tiles, TILE, TILES, num_warps=4
+            site, output, length, tiles, orders * tiles, TILE, TILES, num_warps=WARPS
         )
     return output[0], output[1]
 
@@ -169,7 +190,7 @@ def count_non_empty(bounds: TileBounds) -> Tensor:
     with torch.cuda.device_of(counts):
         _count_kernel[(orders * query_tiles,)](
             bounds.query.first, bounds.key.first, counts, query_tiles, key_tiles, orders, bounds.window or 0,
-            bounds.window is not None, bounds.segments, bounds.spans, KEY_TILES, num_warps=4,
+            bounds.window is not None, bounds.segments, bounds.spans, KEY_TILES, num_warps=WARPS,
         )  # fmt: skip
     return counts.sum(1)
 
@@ -183,13 +204,15 @@ def _run_ends(first, last, order, order_stride, run_stride, runs, slot, length, 
         begin = tl.load(first + place, mask=slot < length, other=0).to(tl.int32)
         end = tl.load(last + place, mask=slot < length, other=-1).to(tl.int32) + 1
         some = end > begin
-        begins = tl.histogram(begin - start, KEY_TILES, mask=some & (begin >= start) & (begin < start + KEY_TILES))
-        ends = tl.histogram(end - start, KEY_TILES, mask=some & (end >= start) & (end < start + KEY_TILES))
-        steps += begins - ends
+        begins = some & (begin >= start) & (begin < start + KEY_TILES)
+        ends = some & (end >= start) & (end < start + KEY_TILES)
+        if tl.max((begins | ends).to(tl.int32)) > 0:  # seldom, with many key tiles
+            steps += tl.histogram(begin - start, KEY_TILES, mask=begins)
+            steps -= tl.histogram(end - start, KEY_TILES, mask=ends)
     return steps
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=CLASS_SIZES)
 def _classify_kernel(
     query_bounds, key_bounds,
     must_first, must_last, must_order_stride, must_run_stride, must_runs,
@@ -254,7 +277,7 @@ def classify(bounds: TileBounds, must: Intervals, chosen: Chosen) -> Tensor:
             chosen.every, chosen.reach is not None,
             bounds.window is not None, bounds.segments, bounds.spans,
             NON_EMPTY, FULL, MANDATORY, CHOSEN,
-            TILE, KEY_TILES, num_warps=4,
+            TILE, KEY_TILES, num_warps=WARPS,
         )  # fmt: skip
     return classes
 

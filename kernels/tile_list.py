@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmcompile.kernels.a_shape import Intervals
+from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import TileBounds, row_chunks
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY, Chosen, classify
 
@@ -93,6 +94,28 @@ class Layout(NamedTuple):
         return self.of_row(self.places.classes[:, rows] & which != 0)
 
 
+class Limits(NamedTuple):
+    """Where a plan row's list ends: at a cap, and where each query tile has the attention that it is to have."""
+
+    budget: Tensor | None = None  # int64 [B], tiles that each plan row may compute
+    recall: float | None = None  # share of a query tile's attention
+    columns: Tensor | None = None  # int32 [N, nQ], single keys of each query tile; `TILE` of them cost a tile
+    held: Tensor | None = None  # float32 [N, nQ], the share that these hold, and tiles need not
+
+    def tiles(self, rows: int) -> Tensor:
+        """What the budget leaves each of N plan rows for tiles, int64 [N]."""
+        assert self.budget is not None
+        left = self.budget.repeat_interleave(rows // self.budget.shape[0])
+        return left if self.columns is None else left - (self.columns.sum(-1) + TILE - 1) // TILE
+
+    def target(self) -> Tensor | float:
+        """What tiles are to hold of the attention that single keys leave to them, float32 [N, nQ]."""
+        assert self.recall is not None
+        if self.held is None:
+            return self.recall
+        return ((self.recall - self.held) / (1.0 - self.held).clamp(min=1e-6)).clamp(min=0.0)
+
+
 class Cut(NamedTuple):
     """The last level that is listed, for each plan row and for each of its query tiles."""
 
@@ -102,29 +125,31 @@ class Cut(NamedTuple):
     next: Tensor | None  # int64 [N], how many these are
 
 
-def find_cut(layout: Layout, levels: Levels, budget: Tensor | None, recall: Tensor | None) -> Cut | None:
-    """Where to stop: each query tile at `recall` of its attention, each plan row within `budget` tiles.
+def find_cut(layout: Layout, levels: Levels, limits: Limits) -> Cut | None:
+    """Where to stop, or None where nothing stops.
 
     Mandatory tiles are counted first, then tiles level by level, for as long as a whole level fits; where attention is
-    known, what is left goes to tiles of the next level, spread evenly. budget: int64 [N] or None. recall: float [N, nQ]
-    or None.
+    known, what is left goes to tiles of the next level, spread evenly, and no query tile has more than its recall.
     """
-    if budget is None and recall is None:
+    if limits.budget is None and limits.recall is None:
         return None
-    device = layout.pair.device
-    if device.type == "cuda":
+    if layout.pair.device.type == "cuda":
+        # Triton is imported for a GPU only.
         from mmcompile.kernels import tile_list_kernel
 
-        return tile_list_kernel.find_cut(layout, levels, budget, recall)
-    return find_cut_cpu(layout, levels, budget, recall)
+        return tile_list_kernel.find_cut(layout, levels, limits)
+    return find_cut_cpu(layout, levels, limits)
 
 
-def find_cut_cpu(layout: Layout, levels: Levels, budget: Tensor | None, recall: Tensor | None) -> Cut:
+def find_cut_cpu(layout: Layout, levels: Levels, limits: Limits) -> Cut:
     """`find_cut` in torch operations."""
     device = layout.pair.device
     mandatory = torch.zeros(layout.shape[0], dtype=torch.int64, device=device)
     tiles_of = torch.zeros(layout.shape[0], levels.count + 1, dtype=torch.int64, device=device)  # by level
     reached: list[Tensor] = []
+    share = torch.ones(layout.shape[:2], device=device)
+    if limits.recall is not None:
+        share *= limits.target()
     for rows in layout.chunks():
         must = layout.mandatory(rows)
         wanted = levels.of(rows).long()
@@ -134,21 +159,22 @@ def find_cut_cpu(layout: Layout, levels: Levels, budget: Tensor | None, recall: 
         one = torch.ones((), dtype=torch.int32, device=device).expand_as(level)
         counted = torch.zeros(*level.shape[:2], levels.count + 1, dtype=torch.int32, device=device)
         counted.scatter_add_(-1, level, one)
-        if recall is not None and levels.weights is not None:
+        if limits.recall is not None and levels.weights is not None:
             weights = torch.nn.functional.pad(levels.weights.long(), (0, 1))
             of_must = (weights[wanted] * must).sum(-1, keepdim=True)
             held = (counted[..., :-1] * weights[:-1]).cumsum(-1)
             # With no level, with level 0, with 0 and 1, ...: integers that float64 holds exactly.
             held = torch.cat([of_must, held + of_must], -1).double()
-            target = held[..., -1:] * recall[:, rows, None].double()
+            target = held[..., -1:] * share[:, rows, None].double()
             within = ((held < target).sum(-1) - 1).clamp(max=levels.count - 1)
             reached.append(within)
             counted *= torch.arange(levels.count + 1, device=device) <= within.unsqueeze(-1)
         mandatory += must.sum((1, 2))
         tiles_of += counted.sum(1)
     of_tile = torch.cat(reached, 1) if reached else None
-    if budget is None:
+    if limits.budget is None:
         return Cut(torch.full_like(mandatory, levels.count - 1), of_tile, None, None)
+    budget = limits.tiles(layout.shape[0])
     used = mandatory.unsqueeze(1) + tiles_of[:, :-1].cumsum(1)
     last = (used <= budget.unsqueeze(1)).sum(1) - 1
     if levels.weights is None:
@@ -229,3 +255,22 @@ def _choose(layout: Layout, levels: Levels, cut: Cut | None, rows: slice, seen: 
         chosen |= (following & (share[0] > share[1])).view_as(chosen)
         seen = rank[:, -1]
     return chosen | must, seen
+
+
+def density(counts: Tensor, causal: Tensor, result: Tensor) -> None:
+    """Computed tiles over those of dense attention; `TILE` columns of a query tile count as one.
+
+    counts: int32 [B, P, nQ, 5] of a plan. causal: int64 [B]. result: float32 [B, P], written.
+    """
+    if counts.device.type == "cuda":
+        from mmcompile.kernels import tile_list_kernel
+
+        tile_list_kernel.density(counts, causal, result)
+    else:
+        density_cpu(counts, causal, result)
+
+
+def density_cpu(counts: Tensor, causal: Tensor, result: Tensor) -> None:
+    """`density` in torch operations."""
+    _, full, partial, _, columns = counts.sum(2, dtype=torch.float64).unbind(-1)  # [B, P]
+    result.copy_((full + partial + columns / TILE) / causal.clamp(min=1).unsqueeze(1))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY
-from mmcompile.kernels.tile_list import Cut, Layout, Levels
+from mmcompile.kernels.tile_list import Cut, Layout, Levels, Limits
 
 KEY_TILES = 1024  # key tiles of one step
+WARPS = 4
 QUERY_TILES = 8  # query tiles that one program counts the levels of
 SUMMED = 1024  # counts of earlier query tiles that are added up in one step
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
@@ -101,9 +102,19 @@ def _chosen(
         among = tl.maximum(tl.load(following_count + n), 1)
         rank = seen + tl.cumsum(following.to(tl.int32), 0)  # from 1
         # Of `among` tiles every so many-th, `left` in all: where rank * left // among grows.
-        chosen |= following & (rank * left % among < left)
+        chosen |= following & (_remainder(rank * left, among) < left)
         seen += tl.sum(following.to(tl.int32))
     return chosen | _has(classes, MANDATORY), seen
+
+
+@triton.jit
+def _remainder(value, divisor):
+    """`value % divisor` of integers that are not negative, int64, for quotients below 2^50: a division of 64-bit
+    integers takes a hundred instructions. The quotient from float64 is one too large or too small at most."""
+    quotient = (value.to(tl.float64) * (1.0 / divisor.to(tl.float64))).to(tl.int64)
+    rest = value - quotient * divisor
+    rest = tl.where(rest < 0, rest + divisor, rest)
+    return tl.where(rest >= divisor, rest - divisor, rest)
 
 
 @triton.jit
@@ -152,22 +163,22 @@ def put_mass(layout: Layout, rows: slice, mass: Tensor, whole: float, levels: Te
     with torch.cuda.device_of(mass):
         _put_mass_kernel[(n * part,)](
             mass, levels, layout.places.classes, layout.pair, part, rows.start, query_tiles, key_tiles, whole,
-            octave, count, NON_EMPTY, KEY_TILES, num_warps=4,
+            octave, count, NON_EMPTY, KEY_TILES, num_warps=WARPS,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "recall"])
 def _count_levels_kernel(
     classes, pair, plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
-    weights, recall, counts, of_tile,
-    rows, query_tiles, key_tiles, orders, level_count,
+    weights, column_share, counts, of_tile,
+    rows, query_tiles, key_tiles, orders, level_count, recall,
     NON_EMPTY: tl.constexpr, MANDATORY: tl.constexpr, CHOSEN: tl.constexpr, TILE: tl.constexpr,
     LEVELS: tl.constexpr, KEY_TILES: tl.constexpr, QUERY_TILES: tl.constexpr,
 ):  # fmt: skip
     """counts: int64 [N, 1 + level_count], added to: mandatory tiles, and others of each level; None where nobody asks.
 
-    Where `weights` tell what a tile of each of LEVELS levels is worth, each query tile's tiles are counted up to the
-    level by which it has `recall` of it: of_tile, int32 [N, nQ].
+    Where `weights` tell what a tile of each of LEVELS levels is worth and somebody asks for `of_tile`, int32 [N, nQ],
+    each query tile's tiles are counted up to the level by which it has `recall` of that, less what its columns hold.
     """
     blocks = tl.cdiv(query_tiles, QUERY_TILES)
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -197,12 +208,16 @@ def _count_levels_kernel(
                 held += tl.load(weights + level, mask=must & (level < level_count), other=0)
             elif counts is not None:
                 tl.atomic_add(counts + n * (level_count + 1) + 1 + level, tl.full([KEY_TILES], 1, tl.int64), wanted)
-        if recall is not None:
+        if of_tile is not None:
             of_must = tl.sum(held)
             weight = tl.load(weights + bins).to(tl.int64)
             by_level = of_must + tl.cumsum(counted * weight, 0)
             every = of_must + tl.sum(counted * weight)
-            target = every.to(tl.float64) * tl.load(recall + row).to(tl.float64)
+            share = recall
+            if column_share is not None:
+                in_columns = tl.load(column_share + row)
+                share = tl.maximum(tl.div_rn(recall - in_columns, tl.maximum(1.0 - in_columns, 1e-6)), 0.0)
+            target = every.to(tl.float64) * share.to(tl.float64)
             within = tl.sum((by_level.to(tl.float64) < target).to(tl.int32))
             within = within + (of_must.to(tl.float64) < target).to(tl.int32) - 1
             tl.store(of_tile + row, within)
@@ -215,12 +230,17 @@ def _count_levels_kernel(
             tl.atomic_add(counts + 1 + bins, total.to(tl.int64), (total > 0) & (bins < level_count))
 
 
-@triton.jit(do_not_specialize=["level_count"])
-def _cut_kernel(counts, budget, last_level, rest, following, level_count, LEVELS: tl.constexpr):
-    """The cut of one plan row. counts: int64 [N, 1 + level_count], as above. The others: int64 [N]."""
+@triton.jit(do_not_specialize=["plans", "query_tiles", "level_count"])
+def _cut_kernel(
+    counts, budget, columns, last_level, rest, following, plans, query_tiles, level_count,
+    TILE: tl.constexpr, LEVELS: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """The cut of one plan row. counts: int64 [N, 1 + level_count], as above. last_level, rest, following: int64 [N]."""
     n = tl.program_id(0).to(tl.int64)
     counts += n * (level_count + 1)
-    most = tl.load(budget + n)
+    most = tl.load(budget + n // plans)
+    if columns is not None:
+        most -= (_sum_before(columns + n * query_tiles, query_tiles, SUMMED) + TILE - 1) // TILE
     used = tl.load(counts)  # the mandatory ones
     spent = used
     last = -1
@@ -237,30 +257,31 @@ def _cut_kernel(counts, budget, last_level, rest, following, level_count, LEVELS
     tl.store(following + n, tl.load(counts + 2 + last, mask=last + 1 < level_count, other=0))
 
 
-def find_cut(layout: Layout, levels: Levels, budget: Tensor | None, recall: Tensor | None) -> Cut:
+def find_cut(layout: Layout, levels: Levels, limits: Limits) -> Cut:
     """`tile_list.find_cut`."""
     n, query_tiles, _ = layout.shape
     device = layout.pair.device
-    weights = levels.weights
-    if weights is None:
-        recall = None
-    counts = of_tile = None
+    weights, budget, recall = levels.weights, limits.budget, limits.recall
+    counts = of_tile = held = columns = None
     if budget is not None:
         counts = torch.zeros(n, 1 + levels.count, dtype=torch.int64, device=device)
-    if recall is not None:
-        recall = recall.contiguous()
+        columns = None if limits.columns is None else limits.columns.contiguous()
+    if recall is not None and weights is not None:
         of_tile = torch.empty(n, query_tiles, dtype=torch.int32, device=device)
+        held = None if limits.held is None else limits.held.contiguous()
+    last, rest, following = torch.empty(3, n, dtype=torch.int64, device=device).unbind(0)
     with torch.cuda.device_of(layout.pair):
-        if budget is not None or recall is not None:
-            _count_levels_kernel[(n * triton.cdiv(query_tiles, QUERY_TILES),)](
-                *_tiles(layout, levels), weights, recall, counts, of_tile, *_sizes(layout, levels),
-                NON_EMPTY, MANDATORY, CHOSEN, TILE, 1 if weights is None else _power_of_two(levels.count),
-                KEY_TILES, QUERY_TILES, num_warps=4,
-            )  # fmt: skip
-        last, rest, following = torch.empty(3, n, dtype=torch.int64, device=device).unbind(0)
-        if budget is None or counts is None:
+        _count_levels_kernel[(n * triton.cdiv(query_tiles, QUERY_TILES),)](
+            *_tiles(layout, levels), weights, held, counts, of_tile, *_sizes(layout, levels), float(recall or 0.0),
+            NON_EMPTY, MANDATORY, CHOSEN, TILE, 1 if weights is None else _power_of_two(levels.count),
+            KEY_TILES, QUERY_TILES, num_warps=WARPS,
+        )  # fmt: skip
+        if budget is None:
             return Cut(last.fill_(levels.count - 1), of_tile, None, None)
-        _cut_kernel[(n,)](counts, budget.contiguous(), last, rest, following, levels.count, KEY_TILES, num_warps=4)
+        _cut_kernel[(n,)](
+            counts, budget, columns, last, rest, following, n // budget.shape[0], query_tiles, levels.count,
+            TILE, KEY_TILES, SUMMED, num_warps=WARPS,
+        )  # fmt: skip
     return Cut(last, of_tile, *((None, None) if weights is None else (rest, following)))
 
 
@@ -373,14 +394,40 @@ def list_tiles(
             following = torch.empty(n, query_tiles, dtype=torch.int32, device=device)
             _count_following_kernel[(n * query_tiles,)](
                 *shape, last, of_tile, following, *sizes,
-                NON_EMPTY, MANDATORY, CHOSEN, TILE, KEY_TILES, num_warps=4,
+                NON_EMPTY, MANDATORY, CHOSEN, TILE, KEY_TILES, num_warps=WARPS,
             )  # fmt: skip
         for write in (False, True):
             _list_tiles_kernel[(n * query_tiles,)](
                 *shape, last, of_tile, rest, following_count, following, hot_tiles, listed, counts, tiles, *sizes,
                 tiles.shape[1], counts.stride(0), tiles.stride(0), tiles.shape[2],
-                NON_EMPTY, FULL, MANDATORY, CHOSEN, TILE, KEY_TILES, SUMMED, write, num_warps=4,
+                NON_EMPTY, FULL, MANDATORY, CHOSEN, TILE, KEY_TILES, SUMMED, write, num_warps=WARPS,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["plans", "query_tiles"])
+def _density_kernel(counts, causal, density, plans, query_tiles, TILE: tl.constexpr, SUMMED: tl.constexpr):
+    """counts: int32 [B, P, nQ, 5]. causal: int64 [B]. density: float32 [B, P]."""
+    row = tl.program_id(0).to(tl.int64)
+    counts += row * query_tiles * 5
+    tiles = tl.zeros([SUMMED], tl.int64)
+    columns = tl.zeros([SUMMED], tl.int64)
+    for start in range(0, query_tiles, SUMMED):
+        query_tile = start + tl.arange(0, SUMMED)
+        inside = query_tile < query_tiles
+        tiles += tl.load(counts + query_tile * 5 + 1, mask=inside, other=0)
+        tiles += tl.load(counts + query_tile * 5 + 2, mask=inside, other=0)
+        columns += tl.load(counts + query_tile * 5 + 4, mask=inside, other=0)
+    dense = tl.maximum(tl.load(causal + row // plans), 1).to(tl.float64)
+    # In columns, an integer: float64 holds it exactly, and `TILE` is a power of two.
+    computed = (tl.sum(tiles) * TILE + tl.sum(columns)).to(tl.float64)
+    tl.store(density + row, (computed / (dense * TILE)).to(tl.float32))
+
+
+def density(counts: Tensor, causal: Tensor, result: Tensor) -> None:
+    """`tile_list.density`; all contiguous."""
+    batch, plans, query_tiles, _ = counts.shape
+    with torch.cuda.device_of(counts):
+        _density_kernel[(batch * plans,)](counts, causal, result, plans, query_tiles, TILE, SUMMED, num_warps=WARPS)
 
 
 def _tiles(layout: Layout, levels: Levels) -> tuple[Tensor | None, ...]:

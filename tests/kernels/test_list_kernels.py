@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from mmcompile.kernels.lines import Diagonals, GridLines
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import TileBounds
 from mmcompile.kernels.tile_classes import MANDATORY, NON_EMPTY
-from mmcompile.kernels.tile_list import Layout, Levels, Places
+from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places
 from tests.kernels.pattern_cases import PatternCase, combinations
 from tests.kernels.plan_cases import Made, PlanCase, plan_cases, site_cases
 
@@ -44,8 +43,7 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
     All but `MassLevels.put`, of which the logarithms may round another way.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_bounds, "query_bounds_cpu", partial(tile_bounds_kernel.tag_bounds, of_keys=False))
-        patch.setattr(tile_bounds, "key_bounds_cpu", partial(tile_bounds_kernel.tag_bounds, of_keys=True))
+        patch.setattr(tile_bounds, "tag_bounds_cpu", tile_bounds_kernel.tag_bounds)
         patch.setattr(tile_bounds, "site_bounds_cpu", tile_bounds_kernel.site_bounds)
         patch.setattr(tile_bounds, "count_non_empty_cpu", tile_bounds_kernel.count_non_empty)
         patch.setattr(tile_classes, "classify_cpu", tile_bounds_kernel.classify)
@@ -53,6 +51,7 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(a_shape, "runs_cpu", a_shape_kernel.runs)
         patch.setattr(tile_list, "find_cut_cpu", tile_list_kernel.find_cut)
         patch.setattr(tile_list, "list_tiles_cpu", tile_list_kernel.list_tiles)
+        patch.setattr(tile_list, "density_cpu", tile_list_kernel.density)
         patch.setattr(tile_bounds_kernel, "KEY_TILES", key_tiles)
         patch.setattr(tile_list_kernel, "KEY_TILES", key_tiles)
         patch.setattr(tile_list_kernel, "SUMMED", 2)
@@ -111,17 +110,19 @@ class ListCase:
     key_tiles: int
     kind: str
     density: float | None
-    recall: bool
+    recall: float | None
+    columns: bool
     room: float  # of all tiles
 
     def layout(self, draw: torch.Generator) -> Layout:
         lengths = self.query_tiles * TILE - 5, self.key_tiles * TILE
         tags = [_random_tags(self.orders, length, draw) for length in lengths]
-        bounds = [tile_bounds_kernel.tag_bounds(tag, of_keys) for tag, of_keys in zip(tags, (False, True), strict=True)]
         classes = torch.randint(16, (self.orders, self.query_tiles, self.key_tiles), generator=draw).to(torch.uint8)
         classes &= torch.where(classes & NON_EMPTY != 0, 255, 255 - MANDATORY).to(torch.uint8)
         none = torch.empty(self.orders, 0, lengths[0], dtype=torch.int32)
-        places = Places(TileBounds(*bounds, None, False, False), Intervals(none, none), classes)
+        places = Places(
+            TileBounds(*tile_bounds_kernel.tag_bounds(*tags), None, False, False), Intervals(none, none), classes
+        )
         return Layout(places, torch.randint(self.orders, (self.batch * self.rows,), generator=draw))
 
     def levels(self, layout: Layout, draw: torch.Generator) -> Levels:
@@ -158,7 +159,8 @@ def list_cases() -> st.SearchStrategy[ListCase]:
         key_tiles=st.integers(1, 9),
         kind=st.sampled_from(["mass", "mass", "rings", "lines", "diagonals"]),
         density=st.sampled_from([None, 0.0, 0.05, 0.2, 0.5, 1.0]),
-        recall=st.booleans(),
+        recall=st.sampled_from([None, 0.3, 0.9, 1.0]),
+        columns=st.booleans(),
         room=st.sampled_from([0.0, 0.3, 1.0]),
     )
 
@@ -175,12 +177,15 @@ def test_any_cut_of_any_tiles(case: ListCase, step: int) -> None:
     layout = case.layout(draw)
     levels = case.levels(layout, draw)
     n, query_tiles, key_tiles = layout.shape
-    budget = recall = None
+    limits = Limits()
     if case.density is not None:
         most = int(case.density * query_tiles * key_tiles) + 1
-        budget = torch.randint(-2, most, (n,), generator=draw)
-    if case.recall:
-        recall = torch.rand(n, query_tiles, generator=draw).round(decimals=1)
+        limits = limits._replace(budget=torch.randint(-2, most, (case.batch,), generator=draw))
+    if case.recall is not None:
+        limits = limits._replace(recall=case.recall)
+    if case.columns:
+        columns = torch.randint(200, (n, query_tiles), generator=draw).int()
+        limits = limits._replace(columns=columns, held=torch.rand(n, query_tiles, generator=draw).round(decimals=1))
     hot_tiles = torch.rand(n, key_tiles, generator=draw) < 0.3 if case.seed % 2 else None
     room = int(case.room * query_tiles * key_tiles)
     # The rows are some of a larger plan's, as those of one pattern are.
@@ -192,7 +197,7 @@ def test_any_cut_of_any_tiles(case: ListCase, step: int) -> None:
         counts = torch.full((case.batch, case.rows + 2, query_tiles, 5), 7, dtype=torch.int32)
         tiles = torch.full((case.batch, case.rows + 2, room), 7, dtype=torch.int32)
         with by_triton(step):
-            cut = None if budget is None and recall is None else find(layout, levels, budget, recall)
+            cut = None if limits.budget is None and limits.recall is None else find(layout, levels, limits)
             write(layout, levels, cut, hot_tiles, counts[:, 1:-1], tiles[:, 1:-1])
         written.append((counts, tiles))
     assert all(torch.equal(one, other) for one, other in zip(*written, strict=True))
@@ -205,7 +210,7 @@ def test_levels_of_mass_are_those_of_torch_or_next_to_them(
 ) -> None:
     """The logarithms of a GPU may round another way; shares between two levels may come out as either."""
     draw = torch.Generator().manual_seed(seed)
-    layout = ListCase(seed, 1, 2, 2, query_tiles, key_tiles, "mass", None, False, 1.0).layout(draw)
+    layout = ListCase(seed, 1, 2, 2, query_tiles, key_tiles, "mass", None, None, False, 1.0).layout(draw)
     mass = torch.rand(2, query_tiles, key_tiles, generator=draw).pow_(12)
     mass[torch.rand(mass.shape, generator=draw) < 0.1] = 0.0
     mass[0, 0, 0] = float("nan")
