@@ -10,7 +10,9 @@ from mmcompile.kernels.patterns import MAX_TOKENS, MODALITIES, TILE
 
 KEYS = 1024  # keys of one program
 QUERIES = 128  # queries of one program
-UNSPECIALIZED = ["query_stride", "query_length", "key_length", "steps", "sink", "local", "last", "window"]
+# Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+UNSPECIALIZED = ["query_stride", "query_length", "key_length", "steps", "sink", "local", "last", "window", "total"]
 
 
 @triton.jit(do_not_specialize=["order_stride", "length"])
@@ -36,7 +38,7 @@ def sort_keys(tags: Tensor, modality: Tensor | None) -> Tensor:
     output = torch.empty(orders, length, dtype=torch.int64, device=tags.device)
     with torch.cuda.device_of(tags):
         _sort_key_kernel[(orders * triton.cdiv(length, KEYS),)](
-            tags, modality, output, tags.stride(0), length, BEYOND, MODALITIES, KEYS, num_warps=4
+            tags, modality, output, tags.stride(0), length, BEYOND, MODALITIES, KEYS, **OPTIONS
         )
     return output
 
@@ -164,7 +166,7 @@ def runs(
             query_tags.stride(0), query_length, keys.length, keys.length.bit_length(),
             sink, local or 0, last or 0, min(window or 0, MAX_TOKENS), ends[0].numel(),
             count, window is not None, local is not None, last is not None,
-            MODALITIES, TILE, QUERIES, num_warps=4,
+            MODALITIES, TILE, QUERIES, **OPTIONS,
         )  # fmt: skip
     return AShapeRuns(
         Intervals(ends[0, :, :must], ends[1, :, :must]),

@@ -12,7 +12,8 @@ from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY, C
 
 TILES = 8  # tiles that one program reads the tags of
 KEY_TILES = 256  # key tiles of one step
-WARPS = 4
+# Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
 SIZES = ["query_stride", "key_stride", "query_length", "key_length", "query_tiles", "key_tiles", "orders"]
 CLASS_SIZES = ["must_order_stride", "must_run_stride", "must_runs", "order_stride", "run_stride", "runs"]
@@ -85,7 +86,7 @@ def tag_bounds(query_tags: Tensor, key_tags: Tensor) -> tuple[TagBounds, TagBoun
     with torch.cuda.device_of(query_tags):
         _tag_bounds_kernel[(orders * (triton.cdiv(query_tiles, TILES) + triton.cdiv(key_tiles, TILES)),)](
             query_tags, key_tags, of_queries, of_keys, query_tags.stride(0), key_tags.stride(0),
-            query_length, key_length, query_tiles, key_tiles, orders, TILE, TILES, num_warps=WARPS,
+            query_length, key_length, query_tiles, key_tiles, orders, TILE, TILES, **OPTIONS,
         )  # fmt: skip
     return TagBounds(*of_queries.unbind(0)), TagBounds(*of_keys.unbind(0))
 
@@ -113,7 +114,7 @@ def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
     output = torch.empty(2, orders, tiles, dtype=torch.int32, device=site.device)
     with torch.cuda.device_of(site):
         _site_bounds_kernel[(orders * triton.cdiv(tiles, TILES),)](
-            site, output, length, tiles, orders * tiles, TILE, TILES, num_warps=WARPS
+            site, output, length, tiles, orders * tiles, TILE, TILES, **OPTIONS
         )
     return output[0], output[1]
 
@@ -171,7 +172,7 @@ def _count_kernel(
     """Non-empty tiles of each query tile. counts: int32 [orders, query_tiles]."""
     row = tl.program_id(0).to(tl.int64)
     order = row // query_tiles
-    count = 0
+    count = tl.zeros([KEY_TILES], tl.int32)
     for start in range(0, key_tiles, KEY_TILES):
         tile = start + tl.arange(0, KEY_TILES)
         some, _, _, _ = _classified(
@@ -179,8 +180,8 @@ def _count_kernel(
             key_bounds + order * key_tiles, orders.to(tl.int64) * key_tiles,
             tile, tile < key_tiles, window, WINDOW, SEGMENTS, SPANS,
         )  # fmt: skip
-        count += tl.sum(some.to(tl.int32))
-    tl.store(counts + row, count)
+        count += some.to(tl.int32)
+    tl.store(counts + row, tl.sum(count))
 
 
 def count_non_empty(bounds: TileBounds) -> Tensor:
@@ -190,7 +191,7 @@ def count_non_empty(bounds: TileBounds) -> Tensor:
     with torch.cuda.device_of(counts):
         _count_kernel[(orders * query_tiles,)](
             bounds.query.first, bounds.key.first, counts, query_tiles, key_tiles, orders, bounds.window or 0,
-            bounds.window is not None, bounds.segments, bounds.spans, KEY_TILES, num_warps=WARPS,
+            bounds.window is not None, bounds.segments, bounds.spans, KEY_TILES, **OPTIONS,
         )  # fmt: skip
     return counts.sum(1)
 
@@ -277,7 +278,7 @@ def classify(bounds: TileBounds, must: Intervals, chosen: Chosen) -> Tensor:
             chosen.every, chosen.reach is not None,
             bounds.window is not None, bounds.segments, bounds.spans,
             NON_EMPTY, FULL, MANDATORY, CHOSEN,
-            TILE, KEY_TILES, num_warps=WARPS,
+            TILE, KEY_TILES, **OPTIONS,
         )  # fmt: skip
     return classes
 

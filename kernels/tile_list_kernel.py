@@ -15,7 +15,8 @@ from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY
 from mmcompile.kernels.tile_list import Cut, Layout, Levels, Limits
 
 KEY_TILES = 1024  # key tiles of one step
-WARPS = 4
+# Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 QUERY_TILES = 8  # query tiles that one program counts the levels of
 SUMMED = 1024  # counts of earlier query tiles that are added up in one step
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
@@ -139,12 +140,12 @@ def _put_mass_kernel(
     mass += program * key_tiles
     levels += (n * query_tiles + query_tile) * key_tiles
     classes += (tl.load(pair + n) * query_tiles + query_tile) * key_tiles
-    count = 0
+    some = tl.zeros([KEY_TILES], tl.int32)
     for start in range(0, key_tiles, KEY_TILES):
         tile = start + tl.arange(0, KEY_TILES)
         here = tl.load(classes + tile, mask=tile < key_tiles, other=0)
-        count += tl.sum(_has(here, NON_EMPTY).to(tl.int32))
-    choice = tl.div_rn(count.to(tl.float32), key_tiles.to(tl.float32))
+        some += _has(here, NON_EMPTY).to(tl.int32)
+    choice = tl.div_rn(tl.sum(some).to(tl.float32), key_tiles.to(tl.float32))
     for start in range(0, key_tiles, KEY_TILES):
         tile = start + tl.arange(0, KEY_TILES)
         share = tl.load(mass + tile, mask=tile < key_tiles, other=0.0) * choice
@@ -163,7 +164,7 @@ def put_mass(layout: Layout, rows: slice, mass: Tensor, whole: float, levels: Te
     with torch.cuda.device_of(mass):
         _put_mass_kernel[(n * part,)](
             mass, levels, layout.places.classes, layout.pair, part, rows.start, query_tiles, key_tiles, whole,
-            octave, count, NON_EMPTY, KEY_TILES, num_warps=WARPS,
+            octave, count, NON_EMPTY, KEY_TILES, **OPTIONS,
         )  # fmt: skip
 
 
@@ -184,7 +185,7 @@ def _count_levels_kernel(
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * QUERY_TILES
     order = tl.load(pair + n)
-    mandatory = 0
+    mandatory = tl.zeros([KEY_TILES], tl.int32)
     total = tl.zeros([LEVELS], tl.int32)
     bins = tl.arange(0, LEVELS)
     for query_tile in range(first, tl.minimum(first + QUERY_TILES, query_tiles)):
@@ -202,7 +203,7 @@ def _count_levels_kernel(
             )  # fmt: skip
             must = _has(here, MANDATORY)
             wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
-            mandatory += tl.sum(must.to(tl.int32))
+            mandatory += must.to(tl.int32)
             if weights is not None:
                 counted += tl.histogram(level, LEVELS, mask=wanted)
                 held += tl.load(weights + level, mask=must & (level < level_count), other=0)
@@ -225,7 +226,7 @@ def _count_levels_kernel(
         total += counted
     if counts is not None:
         counts += n * (level_count + 1)
-        tl.atomic_add(counts, mandatory.to(tl.int64))
+        tl.atomic_add(counts, tl.sum(mandatory).to(tl.int64))
         if weights is not None:
             tl.atomic_add(counts + 1 + bins, total.to(tl.int64), (total > 0) & (bins < level_count))
 
@@ -252,7 +253,7 @@ def _cut_kernel(
         last += tl.sum(fits.to(tl.int32))
         spent = tl.maximum(spent, tl.max(tl.where(fits, up_to, 0)))
         used = tl.max(up_to)
-    tl.store(last_level + n, last.to(tl.int64))
+    tl.store(last_level + n, last)
     tl.store(rest + n, tl.maximum(most - spent, 0))
     tl.store(following + n, tl.load(counts + 2 + last, mask=last + 1 < level_count, other=0))
 
@@ -274,13 +275,13 @@ def find_cut(layout: Layout, levels: Levels, limits: Limits) -> Cut:
         _count_levels_kernel[(n * triton.cdiv(query_tiles, QUERY_TILES),)](
             *_tiles(layout, levels), weights, held, counts, of_tile, *_sizes(layout, levels), float(recall or 0.0),
             NON_EMPTY, MANDATORY, CHOSEN, TILE, 1 if weights is None else _power_of_two(levels.count),
-            KEY_TILES, QUERY_TILES, num_warps=WARPS,
+            KEY_TILES, QUERY_TILES, **OPTIONS,
         )  # fmt: skip
         if budget is None:
             return Cut(last.fill_(levels.count - 1), of_tile, None, None)
         _cut_kernel[(n,)](
             counts, budget, columns, last, rest, following, n // budget.shape[0], query_tiles, levels.count,
-            TILE, KEY_TILES, SUMMED, num_warps=WARPS,
+            TILE, KEY_TILES, SUMMED, **OPTIONS,
         )  # fmt: skip
     return Cut(last, of_tile, *((None, None) if weights is None else (rest, following)))
 
@@ -298,7 +299,7 @@ def _count_following_kernel(
     n = row // query_tiles
     order = tl.load(pair + n)
     place = order * query_tiles + row % query_tiles
-    count = 0
+    count = tl.zeros([KEY_TILES], tl.int32)
     for start in range(0, key_tiles, KEY_TILES):
         tile = start + tl.arange(0, KEY_TILES)
         inside = tile < key_tiles
@@ -308,8 +309,8 @@ def _count_following_kernel(
             query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
         )  # fmt: skip
         wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
-        count += tl.sum(_following(wanted, level, n, row, last_level, of_tile).to(tl.int32))
-    tl.store(counts + row, count)
+        count += _following(wanted, level, n, row, last_level, of_tile).to(tl.int32)
+    tl.store(counts + row, tl.sum(count))
 
 
 @triton.jit(do_not_specialize=[*SIZES, "plans", "count_batch_stride", "tile_batch_stride", "room"])
@@ -394,13 +395,13 @@ def list_tiles(
             following = torch.empty(n, query_tiles, dtype=torch.int32, device=device)
             _count_following_kernel[(n * query_tiles,)](
                 *shape, last, of_tile, following, *sizes,
-                NON_EMPTY, MANDATORY, CHOSEN, TILE, KEY_TILES, num_warps=WARPS,
+                NON_EMPTY, MANDATORY, CHOSEN, TILE, KEY_TILES, **OPTIONS,
             )  # fmt: skip
         for write in (False, True):
             _list_tiles_kernel[(n * query_tiles,)](
                 *shape, last, of_tile, rest, following_count, following, hot_tiles, listed, counts, tiles, *sizes,
                 tiles.shape[1], counts.stride(0), tiles.stride(0), tiles.shape[2],
-                NON_EMPTY, FULL, MANDATORY, CHOSEN, TILE, KEY_TILES, SUMMED, write, num_warps=WARPS,
+                NON_EMPTY, FULL, MANDATORY, CHOSEN, TILE, KEY_TILES, SUMMED, write, **OPTIONS,
             )  # fmt: skip
 
 
@@ -427,7 +428,7 @@ def density(counts: Tensor, causal: Tensor, result: Tensor) -> None:
     """`tile_list.density`; all contiguous."""
     batch, plans, query_tiles, _ = counts.shape
     with torch.cuda.device_of(counts):
-        _density_kernel[(batch * plans,)](counts, causal, result, plans, query_tiles, TILE, SUMMED, num_warps=WARPS)
+        _density_kernel[(batch * plans,)](counts, causal, result, plans, query_tiles, TILE, SUMMED, **OPTIONS)
 
 
 def _tiles(layout: Layout, levels: Levels) -> tuple[Tensor | None, ...]:
