@@ -45,7 +45,7 @@ class MassLevels:
     all of the first queries' few tiles, and next to nothing of the last ones'. The very first, which together are a
     sixteenth of the cap, are wanted whole: they attend to few keys, each of which matters.
 
-    levels: int16 [N, nQ, nK], filled by `put`.
+    levels: int16 [N, nQ, nK], filled by `put`; anything for empty tiles.
     """
 
     count = MASS_LEVELS

@@ -137,7 +137,7 @@ def plan(
     stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
     if key_length < min_tokens:
         return _without_tiles(result), stats
-    if any(pattern.needs_data or pattern.boundary == "2d" for pattern in rows):
+    if any(pattern.needs_data or pattern.boundary == "2d" or pattern.pairs for pattern in rows):
         of_query = token_modality(offsets, modality, batch, query_length)
         of_key = of_keys(of_query, key_length, query_offset, 0)
     else:  # nobody asks

@@ -1,7 +1,6 @@
 """What whole tiles are before any data is looked at: a byte for each tile of each pair of orders.
 
-It is what every later step reads, for every plan row that takes the pair: a sixteenth of the room of what is known of a
-tile by a plan row and more.
+Made once, and read by every plan row that takes the pair, in each step of its planning.
 """
 
 from typing import NamedTuple

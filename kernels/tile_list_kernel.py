@@ -29,6 +29,12 @@ def _has(classes, which: tl.constexpr):
 
 
 @triton.jit
+def _any(classes, which: tl.constexpr):
+    """Whether a step has any such tile: half of all tiles come after their queries, and cost next to nothing."""
+    return tl.max((classes & which).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def _diagonal(diagonals, own, tile, inside, key_tiles):
     """Levels of tiles by their distance before the tile `own`. diagonals: [key_tiles + 1], later ones last."""
     distance = (own - tile).to(tl.int32)
@@ -140,24 +146,25 @@ def _put_mass_kernel(
     mass += program * key_tiles
     levels += (n * query_tiles + query_tile) * key_tiles
     classes += (tl.load(pair + n) * query_tiles + query_tile) * key_tiles
-    some = tl.zeros([KEY_TILES], tl.int32)
+    choices = tl.zeros([KEY_TILES], tl.int32)
     for start in range(0, key_tiles, KEY_TILES):
         tile = start + tl.arange(0, KEY_TILES)
         here = tl.load(classes + tile, mask=tile < key_tiles, other=0)
-        some += _has(here, NON_EMPTY).to(tl.int32)
-    choice = tl.div_rn(tl.sum(some).to(tl.float32), key_tiles.to(tl.float32))
+        choices += _has(here, NON_EMPTY).to(tl.int32)
+    choice = tl.div_rn(tl.sum(choices).to(tl.float32), key_tiles.to(tl.float32))
     for start in range(0, key_tiles, KEY_TILES):
         tile = start + tl.arange(0, KEY_TILES)
-        share = tl.load(mass + tile, mask=tile < key_tiles, other=0.0) * choice
+        some = _has(tl.load(classes + tile, mask=tile < key_tiles, other=0), NON_EMPTY)
+        share = tl.load(mass + tile, mask=some, other=0.0) * choice
         step = -OCTAVE * tl.log2(tl.where(choice < whole, 1.0, share))
         # What is not a number is next to nothing, like no attention at all.
         level = tl.where(step < LEVELS - 1, tl.maximum(step, 0.0), LEVELS - 1)
-        tl.store(levels + tile, level.to(tl.int16), mask=tile < key_tiles)
+        tl.store(levels + tile, level.to(tl.int16), mask=some)
 
 
 def put_mass(layout: Layout, rows: slice, mass: Tensor, whole: float, levels: Tensor, octave: int, count: int) -> None:
     """`MassLevels.put`. mass: float32 [N, rows, nK]. levels: int16 [N, nQ, nK], `octave` of them in a factor of two and
-    `count` in all; 0 for query tiles that may choose from less than `whole` of the tiles."""
+    `count` in all; 0 for query tiles that may choose from less than `whole` of the tiles. Empty tiles get none."""
     n, query_tiles, key_tiles = layout.shape
     part = rows.stop - rows.start
     mass = mass.contiguous()
@@ -197,18 +204,19 @@ def _count_levels_kernel(
             tile = start + tl.arange(0, KEY_TILES)
             inside = tile < key_tiles
             here = tl.load(classes + place * key_tiles + tile, mask=inside, other=0)
-            level = _level(
-                here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-                query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
-            )  # fmt: skip
-            must = _has(here, MANDATORY)
-            wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
-            mandatory += must.to(tl.int32)
-            if weights is not None:
-                counted += tl.histogram(level, LEVELS, mask=wanted)
-                held += tl.load(weights + level, mask=must & (level < level_count), other=0)
-            elif counts is not None:
-                tl.atomic_add(counts + n * (level_count + 1) + 1 + level, tl.full([KEY_TILES], 1, tl.int64), wanted)
+            if _any(here, NON_EMPTY):
+                level = _level(
+                    here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
+                    query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+                )  # fmt: skip
+                must = _has(here, MANDATORY)
+                wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
+                mandatory += must.to(tl.int32)
+                if weights is not None:
+                    counted += tl.histogram(level, LEVELS, mask=wanted)
+                    held += tl.load(weights + level, mask=must & (level < level_count), other=0)
+                elif counts is not None:
+                    tl.atomic_add(counts + n * (level_count + 1) + 1 + level, tl.full([KEY_TILES], 1, tl.int64), wanted)
         if of_tile is not None:
             of_must = tl.sum(held)
             weight = tl.load(weights + bins).to(tl.int64)
@@ -304,12 +312,13 @@ def _count_following_kernel(
         tile = start + tl.arange(0, KEY_TILES)
         inside = tile < key_tiles
         here = tl.load(classes + place * key_tiles + tile, mask=inside, other=0)
-        level = _level(
-            here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-            query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
-        )  # fmt: skip
-        wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
-        count += _following(wanted, level, n, row, last_level, of_tile).to(tl.int32)
+        if _any(here, NON_EMPTY):
+            level = _level(
+                here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
+                query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+            )  # fmt: skip
+            wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
+            count += _following(wanted, level, n, row, last_level, of_tile).to(tl.int32)
     tl.store(counts + row, tl.sum(count))
 
 
@@ -338,6 +347,7 @@ def _list_tiles_kernel(
         seen = _sum_before(following + n * query_tiles, query_tile.to(tl.int32), SUMMED)
     full_entry = tl.zeros([], tl.int64)
     partial_entry = tl.zeros([], tl.int64)
+    both = tl.zeros([KEY_TILES], tl.int32)  # of each lane, full tiles in the lower half, partial ones in the upper
     if WRITE:
         full_entry = _sum_before(listed + n * query_tiles * 2, query_tile.to(tl.int32) * 2, SUMMED)
         full_count = tl.load(listed + row * 2)
@@ -354,29 +364,31 @@ def _list_tiles_kernel(
         tile = start + tl.arange(0, KEY_TILES)
         inside = tile < key_tiles
         here = tl.load(classes + place * key_tiles + tile, mask=inside, other=0)
-        level = _level(
-            here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-            query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
-        )  # fmt: skip
-        chosen, seen = _chosen(
-            here, level, n, row, seen, level_count, last_level, of_tile, rest, following_count, NON_EMPTY, MANDATORY
-        )
-        full = chosen & _has(here, FULL)
-        if hot_tiles is not None:
-            full &= tl.load(hot_tiles + n * key_tiles + tile, mask=inside, other=0) == 0
-        partial = chosen & ~full
-        if WRITE:
-            entry = tl.where(
-                full,
-                full_entry + tl.cumsum(full.to(tl.int32), 0),
-                partial_entry + tl.cumsum(partial.to(tl.int32), 0),
-            )
-            tl.store(tiles + (entry - 1), tile, mask=chosen & (entry <= room))
-        full_entry += tl.sum(full.to(tl.int32))
-        partial_entry += tl.sum(partial.to(tl.int32))
+        if _any(here, NON_EMPTY):
+            level = _level(
+                here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
+                query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+            )  # fmt: skip
+            chosen, seen = _chosen(
+                here, level, n, row, seen, level_count, last_level, of_tile, rest, following_count,
+                NON_EMPTY, MANDATORY,
+            )  # fmt: skip
+            full = chosen & _has(here, FULL)
+            if hot_tiles is not None:
+                full &= tl.load(hot_tiles + n * key_tiles + tile, mask=inside, other=0) == 0
+            which = tl.where(chosen, tl.where(full, 1, 65536), 0)
+            if WRITE:
+                rank = tl.cumsum(which, 0)  # from 1
+                step_total = tl.sum(which)
+                entry = tl.where(full, full_entry + (rank & 65535), partial_entry + (rank >> 16)) - 1
+                tl.store(tiles + entry, tile, mask=chosen & (entry < room))
+                full_entry += step_total & 65535
+                partial_entry += step_total >> 16
+            else:
+                both += which
     if not WRITE:
-        tl.store(listed + row * 2, full_entry.to(tl.int32))
-        tl.store(listed + row * 2 + 1, partial_entry.to(tl.int32))
+        tl.store(listed + row * 2, tl.sum(both & 65535))
+        tl.store(listed + row * 2 + 1, tl.sum(both >> 16))
 
 
 def list_tiles(

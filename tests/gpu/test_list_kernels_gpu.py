@@ -32,11 +32,11 @@ def torch_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def both(layout: Layout, rows: slice, mass: torch.Tensor, whole: float, levels: torch.Tensor, *sizes: int) -> None:
         put(layout, rows, mass, whole, levels, *sizes)
-        made = levels[:, rows].clone()
+        made, some = levels[:, rows].clone(), layout.non_empty(rows)
         by_torch = MassLevels.__new__(MassLevels)
         by_torch.layout, by_torch.whole, by_torch.levels = layout, whole, levels
         by_torch.put_cpu(rows, mass)
-        assert (made - levels[:, rows]).abs().max() <= 1
+        assert not (((made - levels[:, rows]).abs() > 1) & some).any()
 
     put = tile_list_kernel.put_mass
     monkeypatch.setattr(tile_list_kernel, "put_mass", both)

@@ -30,7 +30,11 @@ from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places
 from tests.kernels.pattern_cases import PatternCase, combinations
 from tests.kernels.plan_cases import Made, PlanCase, plan_cases, site_cases
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+]
 few = settings(deadline=None, max_examples=max(10, settings().max_examples // 4))
 every_kind = st.one_of(plan_cases(), site_cases())
 some_density = st.sampled_from([None, 0.01, 0.1, 0.29, 0.5, 0.75, 0.95, 1.0])
@@ -219,5 +223,6 @@ def test_levels_of_mass_are_those_of_torch_or_next_to_them(
         one.put_cpu(rows, mass[:, rows])
         with by_triton():
             tile_list_kernel.put_mass(layout, rows, mass[:, rows], other.whole, other.levels, OCTAVE, MASS_LEVELS)
-    assert (one.levels - other.levels).abs().max() <= 1
-    assert one.levels.min() >= 0 and other.levels.max() < MASS_LEVELS
+    some = layout.non_empty(slice(0, query_tiles))
+    assert not (((one.levels - other.levels).abs() > 1) & some).any()
+    assert not ((other.levels < 0) & some).any() and not ((other.levels >= MASS_LEVELS) & some).any()
