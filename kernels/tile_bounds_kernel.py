@@ -13,7 +13,7 @@ from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY, C
 TILES = 8  # tiles that one program reads the tags of
 KEY_TILES = 256  # key tiles of one step
 # Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
 SIZES = ["query_stride", "key_stride", "query_length", "key_length", "query_tiles", "key_tiles", "orders"]
 CLASS_SIZES = ["must_order_stride", "must_run_stride", "must_runs", "order_stride", "run_stride", "runs"]

@@ -161,7 +161,7 @@ def find_cut_cpu(layout: Layout, levels: Levels, limits: Limits) -> Cut:
         counted.scatter_add_(-1, level, one)
         if limits.recall is not None and levels.weights is not None:
             weights = torch.nn.functional.pad(levels.weights.long(), (0, 1))
-            of_must = (weights[wanted] * must).sum(-1, keepdim=True)
+            of_must = weights[torch.where(must, wanted, levels.count)].sum(-1, keepdim=True)
             held = (counted[..., :-1] * weights[:-1]).cumsum(-1)
             # With no level, with level 0, with 0 and 1, ...: integers that float64 holds exactly.
             held = torch.cat([of_must, held + of_must], -1).double()

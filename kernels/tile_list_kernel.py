@@ -5,6 +5,8 @@ tile, makes its level and either counts it or lists it. Nothing of a tile is kep
 level again is cheaper than storing it.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,20 @@ from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY
 from mmcompile.kernels.tile_list import Cut, Layout, Levels, Limits
 
-KEY_TILES = 1024  # key tiles of one step
-# Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+class Steps(NamedTuple):
+    """How a kernel walks: measured on an H200 at 32K, 128K and 1M tokens, where 256 to 1024 tiles differ little."""
+
+    key_tiles: int  # of one step
+    warps: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        # Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default, and 3.9 warns.
+        return {"num_warps": self.warps, "enable_fp_fusion": False}
+
+
+PUT, COUNT, LIST = Steps(512, 4), Steps(512, 4), Steps(256, 1)
 QUERY_TILES = 8  # query tiles that one program counts the levels of
 SUMMED = 1024  # counts of earlier query tiles that are added up in one step
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
@@ -171,7 +184,7 @@ def put_mass(layout: Layout, rows: slice, mass: Tensor, whole: float, levels: Te
     with torch.cuda.device_of(mass):
         _put_mass_kernel[(n * part,)](
             mass, levels, layout.places.classes, layout.pair, part, rows.start, query_tiles, key_tiles, whole,
-            octave, count, NON_EMPTY, KEY_TILES, **OPTIONS,
+            octave, count, NON_EMPTY, PUT.key_tiles, **PUT.options,
         )  # fmt: skip
 
 
@@ -283,13 +296,13 @@ def find_cut(layout: Layout, levels: Levels, limits: Limits) -> Cut:
         _count_levels_kernel[(n * triton.cdiv(query_tiles, QUERY_TILES),)](
             *_tiles(layout, levels), weights, held, counts, of_tile, *_sizes(layout, levels), float(recall or 0.0),
             NON_EMPTY, MANDATORY, CHOSEN, TILE, 1 if weights is None else _power_of_two(levels.count),
-            KEY_TILES, QUERY_TILES, **OPTIONS,
+            COUNT.key_tiles, QUERY_TILES, **COUNT.options,
         )  # fmt: skip
         if budget is None:
             return Cut(last.fill_(levels.count - 1), of_tile, None, None)
         _cut_kernel[(n,)](
             counts, budget, columns, last, rest, following, n // budget.shape[0], query_tiles, levels.count,
-            TILE, KEY_TILES, SUMMED, **OPTIONS,
+            TILE, COUNT.key_tiles, SUMMED, **COUNT.options,
         )  # fmt: skip
     return Cut(last, of_tile, *((None, None) if weights is None else (rest, following)))
 
@@ -407,13 +420,13 @@ def list_tiles(
             following = torch.empty(n, query_tiles, dtype=torch.int32, device=device)
             _count_following_kernel[(n * query_tiles,)](
                 *shape, last, of_tile, following, *sizes,
-                NON_EMPTY, MANDATORY, CHOSEN, TILE, KEY_TILES, **OPTIONS,
+                NON_EMPTY, MANDATORY, CHOSEN, TILE, LIST.key_tiles, **LIST.options,
             )  # fmt: skip
         for write in (False, True):
             _list_tiles_kernel[(n * query_tiles,)](
                 *shape, last, of_tile, rest, following_count, following, hot_tiles, listed, counts, tiles, *sizes,
                 tiles.shape[1], counts.stride(0), tiles.stride(0), tiles.shape[2],
-                NON_EMPTY, FULL, MANDATORY, CHOSEN, TILE, KEY_TILES, SUMMED, write, **OPTIONS,
+                NON_EMPTY, FULL, MANDATORY, CHOSEN, TILE, LIST.key_tiles, SUMMED, write, **LIST.options,
             )  # fmt: skip
 
 
@@ -440,7 +453,7 @@ def density(counts: Tensor, causal: Tensor, result: Tensor) -> None:
     """`tile_list.density`; all contiguous."""
     batch, plans, query_tiles, _ = counts.shape
     with torch.cuda.device_of(counts):
-        _density_kernel[(batch * plans,)](counts, causal, result, plans, query_tiles, TILE, SUMMED, **OPTIONS)
+        _density_kernel[(batch * plans,)](counts, causal, result, plans, query_tiles, TILE, SUMMED, **COUNT.options)
 
 
 def _tiles(layout: Layout, levels: Levels) -> tuple[Tensor | None, ...]:

@@ -27,6 +27,7 @@ from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import TileBounds
 from mmcompile.kernels.tile_classes import MANDATORY, NON_EMPTY
 from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places
+from mmcompile.kernels.tile_list_kernel import Steps
 from tests.kernels.pattern_cases import PatternCase, combinations
 from tests.kernels.plan_cases import Made, PlanCase, plan_cases, site_cases
 
@@ -57,7 +58,8 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(tile_list, "list_tiles_cpu", tile_list_kernel.list_tiles)
         patch.setattr(tile_list, "density_cpu", tile_list_kernel.density)
         patch.setattr(tile_bounds_kernel, "KEY_TILES", key_tiles)
-        patch.setattr(tile_list_kernel, "KEY_TILES", key_tiles)
+        for walk in ("PUT", "COUNT", "LIST"):
+            patch.setattr(tile_list_kernel, walk, Steps(key_tiles, 1))
         patch.setattr(tile_list_kernel, "SUMMED", 2)
         patch.setattr(tile_list_kernel, "QUERY_TILES", 2)
         yield patch
