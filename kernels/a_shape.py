@@ -24,6 +24,8 @@ class Intervals(NamedTuple):
 
     @classmethod
     def stack(cls, runs: "list[Intervals]") -> "Intervals":
+        if len(runs) == 1:
+            return runs[0]
         return cls(torch.cat([run.first for run in runs], 1), torch.cat([run.last for run in runs], 1))
 
     def cover(self, rows: slice, key_tiles: int) -> Tensor:
@@ -43,14 +45,12 @@ class Intervals(NamedTuple):
 class KeyGroups:
     """The valid keys sorted by (segment, modality, position): a group is a run of ranks.
 
-    tags: int32 [B, 3, Sk] in token order. modality: int32 [B, Sk], or None for one group over all modalities.
+    tags: int32 [B, 3, Sk] in slot order. modality: int32 [B, Sk] too, or None for one group over all modalities.
     """
 
     def __init__(self, tags: Tensor, modality: Tensor | None) -> None:
-        position, segment = tags[:, 0], tags[:, 1]
         self.length = tags.shape[-1]
-        start = self._start(segment, 0 if modality is None else modality)
-        self.sorted = torch.where(position == INVALID, BEYOND, start + position).sort(-1).values  # [B, Sk]
+        self.sorted, self.slots = sort_keys(tags, modality).sort(-1)  # int64 [B, Sk]
 
     def rank_after(self, segment: Tensor, modality: int, position: Tensor | int) -> Tensor:
         """Rank that follows the group's last key at or before `position`: its first rank for position -1.
@@ -67,30 +67,102 @@ class KeyGroups:
         """Position of the key of a rank, int64 [B, Sq]; arbitrary where the rank is no key's."""
         return self.sorted.gather(-1, rank.clamp(0, self.length - 1)).remainder(self.length)
 
+    def tile(self, rank: Tensor) -> Tensor:
+        """Tile of the key of a rank, int32 [B, Sq]; arbitrary where the rank is no key's."""
+        return (self.slots.gather(-1, rank.clamp(0, self.length - 1)) // TILE).int()
+
     def _start(self, segment: Tensor, modality: Tensor | int) -> Tensor:
-        # 32 bits of segment, 3 of modality and 28 of length fit int64.
-        return (segment.long() * MODALITIES + modality) * self.length
+        return group_start(segment, modality, self.length)
+
+
+def group_start(segment: Tensor, modality: Tensor | int, length: int) -> Tensor:
+    """What the keys of a group are sorted by, less their positions."""
+    # 32 bits of segment, 3 of modality and 28 of length fit int64.
+    return (segment.long() * MODALITIES + modality) * length
+
+
+def sort_keys(tags: Tensor, modality: Tensor | None) -> Tensor:
+    """What orders keys by (segment, modality, position), those that are not valid last: int64 [B, Sk]."""
+    if tags.device.type == "cuda":
+        from mmcompile.kernels import a_shape_kernel
+
+        return a_shape_kernel.sort_keys(tags, modality)
+    return sort_keys_cpu(tags, modality)
+
+
+def sort_keys_cpu(tags: Tensor, modality: Tensor | None) -> Tensor:
+    """`sort_keys` in torch operations."""
+    position, segment = tags[:, 0], tags[:, 1]
+    start = group_start(segment, 0 if modality is None else modality, tags.shape[-1])
+    return torch.where(position == INVALID, BEYOND, start + position)
+
+
+class AShapeRuns(NamedTuple):
+    """What an A-shape chooses: what no cap removes, and the rest of it."""
+
+    must: Intervals
+    may: Intervals | None
+
+
+def runs(
+    query_tags: Tensor,
+    key_tags: Tensor,
+    modality: Tensor | None,
+    sink: int,
+    window: int | None,
+    local: int | None,
+    last: int | None,
+) -> AShapeRuns:
+    """For each query the `sink` first valid keys and one near it; and, where not None, the `local` latest ones of each
+    group, and every key for the `last` queries of each segment.
+
+    query_tags: int32 [B, 3, Sq], key_tags: int32 [B, 3, Sk], in slot order. modality: int32 [B, Sk], likewise, when the
+    pattern holds within each key modality, else None. window: keys or None.
+    """
+    keys = KeyGroups(key_tags, None)
+    groups = keys if modality is None else KeyGroups(key_tags, modality)
+    if query_tags.device.type == "cuda":
+        from mmcompile.kernels import a_shape_kernel
+
+        return a_shape_kernel.runs(query_tags, keys, groups, sink, window, local, last)
+    return runs_cpu(query_tags, keys, groups, sink, window, local, last)
+
+
+def runs_cpu(
+    query_tags: Tensor,
+    keys: KeyGroups,
+    groups: KeyGroups,
+    sink: int,
+    window: int | None,
+    local: int | None,
+    last: int | None,
+) -> AShapeRuns:
+    """`runs` in torch operations, of keys that are sorted. groups: `keys`, or sorted within each modality."""
+    shape = AShape(query_tags, keys, groups)
+    may = [] if local is None else [shape.local(local)]
+    may += [] if last is None else [shape.everything_for_last(last)]
+    return AShapeRuns(Intervals.stack([shape.sink(sink), shape.nearest(window)]), Intervals.stack(may) if may else None)
+
+
+def own_blocks(query_tags: Tensor, key_length: int, stride: Tensor) -> Intervals:
+    """The keys of each query's own block of `stride` tokens (int64, no dimensions), in raster order."""
+    own = query_tags[:, 0].long().clamp(0, key_length - 1).unsqueeze(1)  # [B, 1, Sq]
+    return Intervals((own - own % stride) // TILE, own // TILE)
 
 
 class AShape:
-    """Intervals for the queries of one batch, in the slots of `query_tags`.
+    """The parts of `runs_cpu`."""
 
-    query_tags: int32 [B, 3, Sq] in slot order. key_tags: int32 [B, 3, Sk] in token order. modality: int32 [B,
-    Sk] when the pattern holds within each key modality, else None. key_slot: int32 [B, Sk], position -> slot.
-    """
-
-    def __init__(self, query_tags: Tensor, key_tags: Tensor, modality: Tensor | None, key_slot: Tensor) -> None:
+    def __init__(self, query_tags: Tensor, keys: KeyGroups, groups: KeyGroups) -> None:
         self.query_position = query_tags[:, 0].contiguous()
         self.segment = query_tags[:, 1]
-        self.key_slot = key_slot
-        self.keys = KeyGroups(key_tags, None)
-        start = self.keys.rank_after(self.segment, 0, -1)
-        self.end = self.keys.rank_after(self.segment, 0, self.query_position)
+        self.keys, self.groups = keys, groups
+        start = keys.rank_after(self.segment, 0, -1)
+        self.end = keys.rank_after(self.segment, 0, self.query_position)
         self.before = self.end > start  # a key of the segment lies at or before the query
-        if modality is None:
-            self.groups, self.ranges = self.keys, [(start, self.end)]
+        if groups is keys:
+            self.ranges = [(start, self.end)]
         else:
-            self.groups = groups = KeyGroups(key_tags, modality)
             self.ranges = [
                 (
                     groups.rank_after(self.segment, each, -1),
@@ -110,11 +182,6 @@ class AShape:
         return Intervals.stack(
             [self._run(self.groups, torch.maximum(start, end - length), end) for start, end in self.ranges]
         )
-
-    def since(self, stride: Tensor) -> Intervals:
-        """The keys of each query's own block of `stride` tokens (int64, no dimensions), in raster order."""
-        own = self.query_position.long().clamp(0, self.keys.length - 1).unsqueeze(1)  # [B, 1, Sq]
-        return Intervals((own - own % stride) // TILE, own // TILE)
 
     def nearest(self, window: int | None) -> Intervals:
         """One key for each query: itself, else the nearest valid one before it, else the nearest after it.
@@ -143,6 +210,5 @@ class AShape:
     def _run(self, groups: KeyGroups, start: Tensor, end: Tensor) -> Intervals:
         """The tiles from the key of rank `start` to the one before rank `end`, int32 [B, 1, Sq]."""
         some = end > start
-        tiles = (self.key_slot.gather(-1, groups.position(rank)) // TILE for rank in (start, end - 1))
-        first, last = tiles
+        first, last = groups.tile(start), groups.tile(end - 1)
         return Intervals(first.where(some, 1).unsqueeze(1), last.where(some, 0).unsqueeze(1))

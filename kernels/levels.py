@@ -3,63 +3,34 @@
 Patterns that are known beforehand want near tiles most; patterns estimated from data want those with most attention.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from mmcompile.kernels.a_shape import Intervals
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.scene import Rows, each_pair
-from mmcompile.kernels.tile_bounds import TileBounds, least_and_greatest
-from mmcompile.kernels.tile_list import Layout
+from mmcompile.kernels.tile_bounds import TileBounds
+from mmcompile.kernels.tile_list import Layout, Streamed
 
 OCTAVE = 16  # levels in a factor of two of attention
 MASS_LEVELS = 256
 
 
-class Everything:
-    """Every tile alike."""
+class Rings:
+    """Chosen tiles by their distance from the query tile: 0 on the diagonal, 1 next to it."""
 
-    count = 1
-    table = None
+    weights = None
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-
-    def of(self, rows: slice) -> Tensor:
-        count, _, key_tiles = self.layout.shape
-        shape = (count, rows.stop - rows.start, key_tiles)
-        return torch.zeros(shape, dtype=torch.int32, device=self.layout.pair.device)
-
-
-class Nothing(Everything):
-    """No tile beyond the mandatory ones."""
-
-    def of(self, rows: slice) -> Tensor:
-        return super().of(rows) + self.count
-
-
-class Rings:
-    """Chosen tiles by their distance from the query tile: 0 on the diagonal, 1 next to it.
-
-    may: the pattern's tiles, or None for all. reach: tiles of a matching span are chosen up to this many tokens away;
-    None for no such tiles.
-    """
-
-    table = None
-
-    def __init__(self, layout: Layout, may: Intervals | None, reach: int | None) -> None:
-        self.layout, self.may, self.reach = layout, may, reach
         self.count = layout.shape[2] + 1
 
     def of(self, rows: slice) -> Tensor:
-        bounds: TileBounds = self.layout.bounds
-        ring = rings(bounds, rows)
-        if self.may is not None:
-            chosen = self.may.cover(rows, self.layout.shape[2])
-            if self.reach is not None:
-                chosen |= bounds.span_match(rows) & (bounds.distance(rows) < self.reach)
-            ring = torch.where(chosen, ring, self.count)
-        return self.layout.of_row(ring)
+        distance = self.layout.of_row(rings(self.layout.bounds, rows))
+        return torch.where(self.layout.chosen(rows), distance, self.count)
+
+    def streamed(self) -> Streamed:
+        return Streamed()
 
 
 def rings(bounds: TileBounds, rows: slice) -> Tensor:
@@ -74,7 +45,7 @@ class MassLevels:
     all of the first queries' few tiles, and next to nothing of the last ones'. The very first, which together are a
     sixteenth of the cap, are wanted whole: they attend to few keys, each of which matters.
 
-    levels: int16 [N, nQ, nK], filled by `put`.
+    levels: int16 [N, nQ, nK], filled by `put`; anything for empty tiles.
     """
 
     count = MASS_LEVELS
@@ -83,12 +54,19 @@ class MassLevels:
         self.layout = layout
         self.whole = 0.0 if density is None else density**0.5 / 4  # its square is the share of the tiles
         self.levels = torch.empty(layout.shape, dtype=torch.int16, device=layout.pair.device)
-        # The middle of each step. The last one has no lower end: what is in it is next to nothing.
-        step = torch.arange(MASS_LEVELS, device=layout.pair.device)
-        self.table: Tensor = torch.exp2((step + 0.5) / -OCTAVE).masked_fill_(step == MASS_LEVELS - 1, 0.0)
+        self.weights: Tensor = mass_weights(layout.pair.device)
 
     def put(self, rows: slice, mass: Tensor) -> None:
-        """mass: float [N, rows, nK], shares of all attention."""
+        """mass: float32 [N, rows, nK], shares of all attention."""
+        if mass.device.type == "cuda":
+            from mmcompile.kernels import tile_list_kernel
+
+            tile_list_kernel.put_mass(self.layout, rows, mass, self.whole, self.levels, OCTAVE, MASS_LEVELS)
+        else:
+            self.put_cpu(rows, mass)
+
+    def put_cpu(self, rows: slice, mass: Tensor) -> None:
+        """`put` in torch operations."""
         choice = self.layout.non_empty(rows).sum(-1, keepdim=True) / self.layout.shape[2]
         level = (
             torch.where(choice < self.whole, 1.0, mass * choice)
@@ -102,37 +80,20 @@ class MassLevels:
     def of(self, rows: slice) -> Tensor:
         return self.levels[:, rows]
 
+    def streamed(self) -> Streamed:
+        return Streamed(plane=self.levels)
+
     def stop_at(self, last: Tensor) -> None:
         """Want nothing beyond these levels. last: int64 [N, nQ]."""
         self.levels.masked_fill_(self.levels > last.unsqueeze(-1), MASS_LEVELS)
 
 
-class OwnSites:
-    """The tiles that hold a key of a site that the query tile holds a query of, near ones first.
+@lru_cache(maxsize=16)
+def mass_weights(device: torch.device) -> Tensor:
+    """Attention of a tile of each of the `MASS_LEVELS`, the middle of its step, int32: all of it is 2^30.
 
-    query_site, key_site: int32 [O, S] in slot order, negative for tokens without a site, which have none in common.
+    The last level has no lower end: what is in it is next to nothing. Kept, because a copy from the host in every call
+    would wait for the device.
     """
-
-    table = None
-
-    def __init__(self, layout: Layout, query_site: Tensor, key_site: Tensor) -> None:
-        self.layout = layout
-        self.count = layout.shape[2] + 1
-        self.query_first, self.query_last = site_bounds(query_site)
-        self.key_first, self.key_last = site_bounds(key_site)
-
-    def of(self, rows: slice) -> Tensor:
-        shared = self.key_first.unsqueeze(1) <= self.query_last[:, rows, None]
-        shared &= self.query_first[:, rows, None] <= self.key_last.unsqueeze(1)
-        return self.layout.of_row(torch.where(shared, rings(self.layout.bounds, rows), self.count))
-
-
-def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest site of each tile, int32 [O, n]; least above greatest where a tile has none."""
-    return least_and_greatest(site, site >= 0)
-
-
-def latest_slots(rows: Rows, length: int) -> Intervals:
-    """The `length` slots up to each query's own, in orders where neighbours in position are not neighbours in slot."""
-    own = each_pair([rows.scene.own_slot(pair) for pair in rows.pairs]).unsqueeze(1)  # [O, 1, Sq]
-    return Intervals((own - (length - 1)).clamp(min=0) // TILE, own // TILE)
+    steps = [round(2.0 ** (30 - (level + 0.5) / OCTAVE)) for level in range(MASS_LEVELS - 1)]
+    return torch.tensor([*steps, 0], dtype=torch.int32, device=device)

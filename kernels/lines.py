@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from mmcompile.kernels.levels import OwnSites, rings, site_bounds
+from mmcompile.kernels.levels import rings
 from mmcompile.kernels.orders import NO_SITE
 from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern
+from mmcompile.kernels.places import pair_sites
 from mmcompile.kernels.probes import HORIZONTAL, Probes
-from mmcompile.kernels.scene import Rows, each_pair
+from mmcompile.kernels.scene import Rows
 from mmcompile.kernels.single_keys import Columns
-from mmcompile.kernels.tile_list import Layout
+from mmcompile.kernels.tile_bounds import site_bounds
+from mmcompile.kernels.tile_list import Layout, Streamed
 
 LAST_QUERIES = 64
 
@@ -33,7 +35,7 @@ class Diagonals:
     levels: the rank of each distance, most attention first, int64 [N, nK + 1]; the last entry is for later tiles.
     """
 
-    table = None
+    weights = None
 
     def __init__(self, layout: Layout, own_slots: Tensor, mass: Tensor, own_tiles: Tensor, wanted: int) -> None:
         """own_slots: int64 [N, Sq]. mass: float [N, R, nK] of some queries, own_tiles: int32 [N, R] theirs."""
@@ -49,7 +51,7 @@ class Diagonals:
         # The own keys of a tile of queries lie in two tiles at most where both stand in one order.
         last = torch.arange(layout.shape[1], device=mass.device) * TILE + TILE - 1
         last = last.clamp(max=own_slots.shape[1] - 1)
-        self.own = [own_slots[:, ::TILE] // TILE, own_slots.index_select(1, last) // TILE]  # [N, nQ]
+        self.own = torch.stack([own_slots[:, ::TILE], own_slots.index_select(1, last)]) // TILE  # [2, N, nQ]
         self.key_tile = torch.arange(key_tiles, device=mass.device)
 
     def of(self, rows: slice) -> Tensor:
@@ -60,6 +62,9 @@ class Diagonals:
             distance = torch.where(distance >= 0, distance, key_tiles)
             levels.append(self.levels.gather(1, distance.flatten(1)).view(distance.shape))
         return torch.minimum(*levels)
+
+    def streamed(self) -> Streamed:
+        return Streamed(diagonals=self.levels, own=self.own)
 
 
 def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern, most: int) -> tuple[Columns, Diagonals]:
@@ -81,46 +86,39 @@ def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern, most: int) 
 
 
 class GridLines:
-    """Tiles on the lines of a grid; tokens stand by site, so that a line is a run of slots.
+    """Tiles on the lines of a grid, near ones first; tokens stand by site, so that a line is a run of slots.
 
     Vertical lines are the keys of the site with the most attention, horizontal ones the queries of the site that puts
-    the most attention elsewhere, slash lines each query's own site.
+    the most attention elsewhere. Slash lines, each query's own site, are the layout's chosen tiles.
     """
 
-    table = None
+    weights = None
 
     def __init__(self, rows: Rows, layout: Layout, lines: str) -> None:
         scene = rows.scene
+        self.layout = layout
         self.count = layout.shape[2] + 1
         self.sites = max(scene.query_modality.shape[1], scene.key_modality.shape[1])  # more than there can be
-        of_query = [scene.arrangement.query_site[:, query] for query, _ in rows.pairs]
-        of_key = [scene.arrangement.key_site[:, key] for _, key in rows.pairs]
-        self.layout = layout
-        self.own = OwnSites(layout, each_pair(of_query), each_pair(of_key))
-        self.lines = lines
-        self.vertical = torch.full((rows.rows,), NO_SITE, dtype=torch.int64, device=rows.choice.device)
-        self.horizontal = self.vertical.clone()
-        self.key_first, self.key_last = (rows.of_pairs([bound]) for bound in site_bounds(of_key[0]))
-        self.query_first, self.query_last = (rows.of_pairs([bound]) for bound in site_bounds(of_query[0]))
+        query_site, key_site = pair_sites(scene, rows.pairs)
+        self.vertical = torch.zeros(layout.shape[::2], dtype=torch.bool, device=rows.choice.device)  # [N, nK]
+        self.horizontal = torch.zeros(layout.shape[:2], dtype=torch.bool, device=rows.choice.device)  # [N, nQ]
         if "v" in lines:
-            self.vertical = self._most_attended(rows, rows.of_pairs(of_key))
+            site = self._most_attended(rows, layout.of_row(key_site))
+            self.vertical = _holds(layout, key_site, site)
         if "h" in lines:
-            self.horizontal = self._sees_elsewhere(rows, rows.of_pairs(of_query))
+            site = self._sees_elsewhere(rows, layout.of_row(query_site))
+            self.horizontal = _holds(layout, query_site, site)
 
     def of(self, rows: slice) -> Tensor:
-        chosen = self._of_keys(rows)
-        if "h" in self.lines:
-            site = self.horizontal.unsqueeze(-1)
-            chosen |= ((self.query_first[:, rows] <= site) & (site <= self.query_last[:, rows])).unsqueeze(-1)
-        return torch.where(chosen, self.layout.of_row(rings(self.layout.bounds, rows)), self.count)
+        bounds = self.layout.bounds
+        return torch.where(self._on_lines(rows), self.layout.of_row(rings(bounds, rows)), self.count)
 
-    def _of_keys(self, rows: slice) -> Tensor:
-        """Tiles of slash and vertical lines, bool [N, rows, nK]."""
-        site = self.vertical.unsqueeze(-1)
-        chosen = ((self.key_first <= site) & (site <= self.key_last)).unsqueeze(1)
-        if "s" in self.lines:
-            return chosen | (self.own.of(rows) < self.own.count)
-        return chosen.repeat(1, rows.stop - rows.start, 1)
+    def streamed(self) -> Streamed:
+        return Streamed(row_lines=self.horizontal, column_lines=self.vertical)
+
+    def _on_lines(self, rows: slice) -> Tensor:
+        """bool [N, rows, nK]."""
+        return self.layout.chosen(rows) | self.vertical.unsqueeze(1) | self.horizontal[:, rows, None]
 
     def _most_attended(self, rows: Rows, key_site: Tensor) -> Tensor:
         """The site with the most attention of the probes, int64 [N]."""
@@ -137,7 +135,7 @@ class GridLines:
         slot = middle.clamp_(max=length - 1).expand(rows.rows, -1)
         outside = []
         for part in self.layout.chunks():
-            chosen = self._of_keys(part) | self.layout.mandatory(part)
+            chosen = self._on_lines(part) | self.layout.mandatory(part)
             outside.append((rows.tile_mass(slot[:, part])[0] * ~chosen).sum(-1))
         site = query_site.gather(1, slot)
         weight = torch.cat(outside, 1)
@@ -147,3 +145,9 @@ class GridLines:
         mean = total[:, 1:] / count[:, 1:].clamp(min=1)
         most, index = mean.max(-1)
         return torch.where(most > HORIZONTAL, index, NO_SITE)
+
+
+def _holds(layout: Layout, site: Tensor, wanted: Tensor) -> Tensor:
+    """Tiles that may hold a token of a site. site: int32 [O, S], wanted: int64 [N]. bool [N, n]."""
+    first, last = (layout.of_row(bound) for bound in site_bounds(site))
+    return (first <= wanted.unsqueeze(1)) & (wanted.unsqueeze(1) <= last)

@@ -8,7 +8,7 @@ from torch import Tensor
 from mmcompile.kernels.patterns import MODALITIES
 from mmcompile.kernels.scene import Rows
 from mmcompile.kernels.tile_bounds import by_tile
-from mmcompile.kernels.tile_list import Layout, Levels
+from mmcompile.kernels.tile_list import Layout, Levels, Streamed
 
 
 class PairLevels:
@@ -17,10 +17,10 @@ class PairLevels:
     of_pairs: (query modality, key modality or -1 for all, levels); `rest` has the pairs that are not named.
     """
 
-    table = None
+    weights = None
 
     def __init__(self, rows: Rows, layout: Layout, of_pairs: Sequence[tuple[int, int, Levels]], rest: Levels) -> None:
-        self.rest, self.of_pairs = rest, of_pairs
+        self.layout, self.rest, self.of_pairs = layout, rest, of_pairs
         self.count = max([rest.count, *(levels.count for _, _, levels in of_pairs)])
         scene = rows.scene
         self.query_has = rows.of_pairs(
@@ -41,6 +41,11 @@ class PairLevels:
         for query, key, levels in self.of_pairs:
             level = torch.minimum(level, self._within(levels, rows, self._in_pair(rows, query, key)))
         return level
+
+    def streamed(self) -> Streamed:
+        # Too rare for a kernel of its own: torch operations, a few query tiles at a time.
+        dtype = torch.int16 if self.count < 2**15 else torch.int32
+        return Streamed(plane=torch.cat([self.of(rows).to(dtype) for rows in self.layout.chunks()], 1))
 
     def _in_pair(self, rows: slice, query: int, key: int) -> Tensor:
         """Tiles with a query and a key of these modalities, bool [N, rows, nK]."""

@@ -11,19 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import SymInt, Tensor
 
-from mmcompile.kernels.a_shape import AShape, Intervals
 from mmcompile.kernels.arrange import Arrangement
-from mmcompile.kernels.levels import Everything, MassLevels, Nothing, OwnSites, Rings, latest_slots
+from mmcompile.kernels.levels import MassLevels, Rings
 from mmcompile.kernels.lines import GridLines, vertical_slash
 from mmcompile.kernels.orders import in_tokens, of_keys, token_modality
 from mmcompile.kernels.pair_levels import PairLevels
-from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern, decode, distinct_orders
+from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern, Order, decode, distinct_orders
+from mmcompile.kernels.places import block_length, chosen, place
 from mmcompile.kernels.probes import Measured, Sighting, choose_orders
-from mmcompile.kernels.scene import Pair, Rows, Scene, each_pair
+from mmcompile.kernels.scene import Pair, Rows, Scene
 from mmcompile.kernels.scores import antidiagonal_mass, pooled_mass, sampled_mass
-from mmcompile.kernels.single_keys import LEAST_BLOCK, Columns, block_end_count, block_ends, list_own_keys
-from mmcompile.kernels.tile_bounds import TileBounds, row_chunks, tile_count
-from mmcompile.kernels.tile_list import Layout, Levels, find_cut, list_tiles
+from mmcompile.kernels.single_keys import Columns, block_end_count, block_ends, list_own_keys
+from mmcompile.kernels.tile_bounds import TileBounds, tile_count
+from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places, find_cut, list_tiles
+from mmcompile.kernels.tile_list import density as density_of
 
 LEVELS_AT_ONCE = 2**26  # tiles of the plan rows that are estimated together: 128 MiB of levels
 
@@ -136,117 +137,102 @@ def plan(
     stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
     if key_length < min_tokens:
         return _without_tiles(result), stats
-    of_query = token_modality(offsets, modality, batch, query_length)
+    if any(pattern.needs_data or pattern.boundary == "2d" or pattern.pairs for pattern in rows):
+        of_query = token_modality(offsets, modality, batch, query_length)
+        of_key = of_keys(of_query, key_length, query_offset, 0)
+    else:  # nobody asks
+        of_query = offsets.new_zeros(batch, 1).expand(-1, query_length)
+        of_key = of_query[:, :1].expand(-1, key_length)
     scene = Scene(
         query,
         key,
         arrangement,
-        in_tokens(arrangement.key_tags[:, 0], arrangement.key_order[:, 0]),
+        _in_raster(arrangement.key_tags, arrangement.key_order, distinct_orders(rows)[1]),
         of_query,
-        of_keys(of_query, key_length, query_offset, 0),
+        of_key,
         scale,
         window,
         segments,
         spans,
     )
-    causal = _causal_tiles(scene)
-    frame = (grid[:, 1].long() * grid[:, 2]).amax() if grid.shape[0] else offsets.new_zeros((), dtype=torch.int64)
-    for pattern, part in _groups(rows, scene):
-        of_heads = tuple(heads[part])
-        one = TilePlan(*(tensor[:, part] for tensor in result))
-        of_stats = PlanStats(*(stat[:, part] for stat in stats))
-        _plan_rows(scene, pattern, of_heads, _pairs(rows, pattern), frame, causal, density, recall, one, of_stats)
+    query_tags = _in_raster(arrangement.query_tags, arrangement.query_order, distinct_orders(rows)[0])
+    bounds = TileBounds.of(query_tags, scene.key_tags, window, segments, spans)
+    causal = bounds.count_non_empty()  # what dense attention computes
+    budget = None if density is None or density == 1.0 else (causal.double() * density).floor().long()
+    if result.columns.shape[2]:
+        result.columns.zero_()
+        result.cold.fill_(True)
+    result.counts.zero_()
+    for pattern, parts in _groups(rows, scene):
+        pairs = _pairs(rows, pattern)
+        if pattern.kind != "top_p" or density == 1.0:  # nothing to choose a pair by
+            pairs = pairs[:1]
+        places = place(scene, pattern, pairs, grid, density == 1.0)
+        for part in parts:
+            one = TilePlan(*(tensor[:, part] for tensor in result))
+            held = stats.recall[:, part]
+            _plan_rows(scene, pattern, heads[part], pairs, places, grid, budget, density, recall, one, held)
+    density_of(result.counts, causal, stats.density)
     return result, stats
 
 
-def _groups(rows: Sequence[HeadPattern], scene: Scene) -> Iterator[tuple[HeadPattern, slice]]:
-    """Runs of plan rows with one pattern, short enough that what is kept of each tile stays small."""
+def _groups(rows: Sequence[HeadPattern], scene: Scene) -> Iterator[tuple[HeadPattern, list[slice]]]:
+    """Runs of plan rows with one pattern, each in parts so short that what is kept of each tile stays small."""
     most = max(1, LEVELS_AT_ONCE // (scene.batch * scene.query_tiles * scene.key_tiles))
     start = 0
     for end in range(1, len(rows) + 1):
-        if end == len(rows) or rows[end] != rows[start] or end - start == most:
-            yield rows[start], slice(start, end)
+        if end == len(rows) or rows[end] != rows[start]:
+            yield rows[start], [slice(first, min(first + most, end)) for first in range(start, end, most)]
             start = end
 
 
 def _plan_rows(
     scene: Scene,
     pattern: HeadPattern,
-    heads: tuple[int, ...],
+    heads: Sequence[int],
     pairs: tuple[Pair, ...],
-    frame: Tensor,
-    causal: Tensor,
+    places: Places,
+    grid: Tensor,
+    budget: Tensor | None,
     density: float | None,
     recall: float | None,
     one: TilePlan,
-    stats: PlanStats,
+    held: Tensor,
 ) -> None:
-    """Fill the plan rows of one pattern; `one` and `stats` are views of them.
+    """Fill the plan rows of one pattern; `one` is a view of them, and `held` of their estimated recall.
 
-    pairs: the pairs of orders it may take. frame: tokens of a frame, int64 without dimensions, 0 where unknown. causal:
-    int64 [B], tiles of dense attention.
+    pairs: the pairs of orders it may take, places: of these. budget: int64 [B], the tiles that a row may have.
     """
     dense = density == 1.0
     estimated = pattern.needs_data and not dense
     seen: Sighting | None = None
     if pattern.kind == "top_p" and estimated:
-        rows, seen = choose_orders(scene, heads, pairs, pattern.by_site, pattern.columns, density)
+        rows, seen = choose_orders(scene, tuple(heads), pairs, pattern.by_site, pattern.columns, density)
     else:
-        rows = Rows(scene, heads, pairs[:1], pattern.by_site[:1], torch.zeros_like(one.query_row, dtype=torch.int64))
+        choice = torch.zeros_like(one.query_row, dtype=torch.int64)
+        rows = Rows(scene, tuple(heads), pairs, pattern.by_site[: len(pairs)], choice)
     one.query_row.copy_(rows.query_row)
     one.key_row.copy_(rows.key_row)
-    layout, shape = _layout(rows, pattern)
-    counts = torch.empty_like(one.counts, memory_format=torch.contiguous_format).flatten(0, 1)
-    tiles = torch.empty_like(one.tiles, memory_format=torch.contiguous_format).flatten(0, 1)
-    counts.zero_()
-    if one.columns.shape[2]:
-        one.columns.zero_()
-        one.cold.fill_(True)
-    causal = causal.repeat_interleave(len(heads))
-    wanted = (
-        _Wanted(Everything(layout)) if dense else _wanted(rows, layout, shape, pattern, frame, seen, density, recall)
-    )
+    layout = Layout(places, rows.pair)
+    wanted = _Wanted(Rings(layout)) if dense else _wanted(rows, layout, pattern, grid, seen, density, recall)
     columns = wanted.columns
     if columns is not None:
         _write(one.columns, columns.slots)
         _write(one.cold, columns.cold)
-        counts[..., 4] = columns.counts
-    budget = None
-    if density is not None and not dense:
-        spent = -(-counts[..., 4].sum(-1, dtype=torch.int64) // TILE)
-        budget = (causal.double() * density).floor().long() - spent
-    target = None if pattern.pairs else _target(pattern, recall, wanted.held, layout)
-    cut = None if dense else find_cut(layout, wanted.levels, budget, target)
-    list_tiles(layout, wanted.levels, cut, None if columns is None else columns.hot_tiles(), counts, tiles)
+        _write(one.counts[..., 4], columns.counts)
+    target = None if pattern.pairs else _target(pattern, recall)
+    limits = Limits(budget, target, None if columns is None else columns.counts, wanted.held)
+    cut = None if dense else find_cut(layout, wanted.levels, limits)
+    hot_tiles = None if columns is None else columns.hot_tiles()
+    list_tiles(layout, wanted.levels, cut, hot_tiles, one.counts, one.tiles)
     if pattern.kind == "columns" and not dense:
         own = list_own_keys(rows, layout, pattern.columns, _affordable(layout, density, pattern.columns))
         _write(one.columns, own.slots)
-        counts[..., 3], counts[..., 4] = own.first, own.counts
-    _write(one.counts, counts)
-    _write(one.tiles, tiles)
-    computed = counts[..., 1:3].sum((1, 2)).double() + counts[..., 4].sum(1).double() / TILE
-    _write(stats.density, (computed / causal.clamp(min=1)).float())
+        one.counts[..., 3] = own.first
+        _write(one.counts[..., 4], own.counts)
     if estimated and pattern.kind != "columns":
         measured = Measured.of(rows, None if columns is None else columns.cold) if seen is None else seen.measured
-        _write(stats.recall, measured.recall(counts, tiles))
-
-
-def _layout(rows: Rows, pattern: HeadPattern) -> tuple[Layout, AShape]:
-    """Where the tokens stand in each pair of orders, and the A-shape there."""
-    scene = rows.scene
-    query_tags = each_pair([scene.arrangement.query_tags[:, query] for query, _ in rows.pairs])
-    key_tags = each_pair([scene.arrangement.key_tags[:, key] for _, key in rows.pairs])
-    bounds = TileBounds.of(query_tags, key_tags, scene.window, scene.segments, scene.spans)
-    key_slot = each_pair([scene.key_slot(key) for _, key in rows.pairs])
-    times = len(rows.pairs)
-    modality = scene.key_modality.repeat_interleave(times, 0) if pattern.boundary == "2d" else None
-    shape = AShape(query_tags, scene.key_tags.repeat_interleave(times, 0), modality, key_slot)
-    sink = pattern.sink
-    if any(pattern.by_site):
-        # The first valid keys stand together there, a tile of them, but not those of each modality or segment.
-        sink = 1 if pattern.boundary == "2d" or scene.segments else min(sink, TILE)
-    must = Intervals.stack([shape.sink(sink), shape.nearest(bounds.window)])
-    return Layout(bounds, must, rows.pair), shape
+        _write(held, measured.recall(one.counts.flatten(0, 1), one.tiles.flatten(0, 1)))
 
 
 class _Wanted(NamedTuple):
@@ -260,62 +246,47 @@ class _Wanted(NamedTuple):
 def _wanted(
     rows: Rows,
     layout: Layout,
-    shape: AShape,
     pattern: HeadPattern,
-    frame: Tensor,
+    grid: Tensor,
     seen: Sighting | None,
     density: float | None,
     recall: float | None,
 ) -> _Wanted:
     if not pattern.pairs:
-        return _of_kind(rows, layout, shape, pattern, frame, seen, density)
+        return _of_kind(rows, layout, pattern, grid, seen, density)
     of_pairs = []
     for query, key, intra in pattern.pairs:
-        levels = _of_kind(rows, layout, shape, intra, frame, None, None).levels
+        own = layout.places.choosing(chosen(rows.scene, intra, rows.pairs, pattern.boundary == "2d", grid))
+        levels = _of_kind(rows, layout._replace(places=own), intra, grid, None, None).levels
         if isinstance(levels, MassLevels):  # one cut for the levels of all pairs would mean nothing
-            _stop_at(levels, layout, _target(intra, recall, None, layout))
+            _stop_at(levels, layout, Limits(recall=_target(intra, recall)))
         of_pairs.append((query, key, levels))
-    rest = _of_kind(rows, layout, shape, pattern, frame, seen, density)
+    rest = _of_kind(rows, layout, pattern, grid, seen, density)
     if isinstance(rest.levels, MassLevels):
-        _stop_at(rest.levels, layout, _target(pattern, recall, rest.held, layout))
+        _stop_at(rest.levels, layout, Limits(recall=_target(pattern, recall), held=rest.held))
     return rest._replace(levels=PairLevels(rows, layout, of_pairs, rest.levels))
 
 
 def _of_kind(
     rows: Rows,
     layout: Layout,
-    shape: AShape,
     pattern: HeadPattern,
-    frame: Tensor,
+    grid: Tensor,
     seen: Sighting | None,
     density: float | None,
 ) -> _Wanted:
     match pattern.kind:
-        case "dense":
-            return _Wanted(Rings(layout, None, None))
-        case "a_shape" | "tri_shape":
-            may = latest_slots(rows, pattern.local) if any(pattern.by_site) else shape.local(pattern.local)
-            if pattern.kind == "tri_shape":
-                may = Intervals.stack([may, shape.everything_for_last(pattern.last)])
-            return _Wanted(Rings(layout, may, pattern.local if layout.bounds.spans else None))
-        case "sf_fixed":
-            stride = frame if pattern.stride == 0 else torch.full_like(frame, pattern.stride)
-            stride = stride.clamp(min=LEAST_BLOCK)
-            return _Wanted(Rings(layout, shape.since(stride), None), block_ends(rows, stride))
-        case "sf_strided":
-            arrangement = rows.scene.arrangement
-            query_site = each_pair([arrangement.query_site[:, query] for query, _ in rows.pairs])
-            key_site = each_pair([arrangement.key_site[:, key] for _, key in rows.pairs])
-            return _Wanted(OwnSites(layout, query_site, key_site))
         case "vertical_slash":
             columns, levels = vertical_slash(rows, layout, pattern, _affordable(layout, density, pattern.vertical))
             return _Wanted(levels, columns)
         case "grid":
             return _Wanted(GridLines(rows, layout, pattern.lines))
-        case "columns":
-            return _Wanted(Nothing(layout))
-        case _:
+        case "top_p":
             return _most_attended(rows, layout, pattern, seen, density)
+        case "sf_fixed":
+            return _Wanted(Rings(layout), block_ends(rows, block_length(pattern, grid)))
+        case _:
+            return _Wanted(Rings(layout))
 
 
 def _most_attended(
@@ -335,18 +306,15 @@ def _most_attended(
     return _Wanted(levels, columns, torch.cat(held, 1) if held else None)
 
 
-def _target(pattern: HeadPattern, recall: float | None, held: Tensor | None, layout: Layout) -> Tensor | None:
-    """What tiles are to hold of the attention that single keys leave to them: float [N, nQ]. held: of all, by these."""
+def _target(pattern: HeadPattern, recall: float | None) -> float | None:
+    """The share of each query tile's attention that is wanted."""
     if pattern.kind != "top_p":
         return None
-    target = pattern.mass if recall is None else recall
-    if held is None:
-        return torch.full(layout.shape[:2], target, device=layout.pair.device)
-    return ((target - held) / (1.0 - held).clamp(min=1e-6)).clamp(min=0.0)
+    return pattern.mass if recall is None else recall
 
 
-def _stop_at(levels: MassLevels, layout: Layout, target: Tensor | None) -> None:
-    cut = find_cut(layout, levels, None, target)
+def _stop_at(levels: MassLevels, layout: Layout, limits: Limits) -> None:
+    cut = find_cut(layout, levels, limits)
     if cut is not None and cut.of_tile is not None:
         levels.stop_at(cut.of_tile)
 
@@ -364,22 +332,15 @@ def _pairs(rows: Sequence[HeadPattern], pattern: HeadPattern) -> tuple[Pair, ...
     return tuple((queries.index(query), keys.index(key)) for query, key in pattern.orders)
 
 
-def _causal_tiles(scene: Scene) -> Tensor:
-    """Tiles with an allowed element in raster order: what dense attention computes. int64 [B]."""
-    query_tags = in_tokens(scene.arrangement.query_tags[:, 0], scene.arrangement.query_order[:, 0])
-    bounds = TileBounds.of(query_tags, scene.key_tags, scene.window, scene.segments, scene.spans)
-    total = torch.zeros(scene.batch, dtype=torch.int64, device=query_tags.device)
-    for part in row_chunks(*bounds.shape):
-        total += bounds.non_empty(part).sum((1, 2))
-    return total
+def _in_raster(tags: Tensor, orders: Tensor, names: tuple[Order, ...]) -> Tensor:
+    """Tags [B, O, 3, S] of some orders, int32 [B, O, S] and their names, in raster order: [B, 3, S]."""
+    return tags[:, names.index(Order())] if Order() in names else in_tokens(tags[:, 0], orders[:, 0])
 
 
 def _write(target: Tensor, values: Tensor) -> None:
-    """values: [B * R, ...], into the front of target [B, R, ...], a view."""
+    """values: [B * R, ...], into the front of the last dimension of target [B, R, ...], a view."""
     values = values.unflatten(0, target.shape[:2])
-    if target.dim() == 3:
-        target = target[:, :, : values.shape[2]]
-    target.copy_(values)
+    target[..., : values.shape[-1]].copy_(values)
 
 
 def _column_room(

@@ -64,6 +64,21 @@ class TagBounds(NamedTuple):
         )
 
 
+def tag_bounds(query_tags: Tensor, key_tags: Tensor) -> tuple[TagBounds, TagBounds]:
+    """Of queries [B, 3, Sq] and keys [B, 3, Sk]."""
+    if query_tags.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import tile_bounds_kernel
+
+        return tile_bounds_kernel.tag_bounds(query_tags, key_tags)
+    return tag_bounds_cpu(query_tags, key_tags)
+
+
+def tag_bounds_cpu(query_tags: Tensor, key_tags: Tensor) -> tuple[TagBounds, TagBounds]:
+    """`tag_bounds` in torch operations."""
+    return TagBounds.of_queries(query_tags), TagBounds.of_keys(key_tags)
+
+
 def _span_bounds(span: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _least(span.masked_fill(span < 0, INVALID)), _greatest(span, LEAST), _least(span)
 
@@ -76,9 +91,21 @@ def _greatest(values: Tensor, absent: int) -> Tensor:
     return by_tile(values, absent).amax(-1)
 
 
-def least_and_greatest(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each tile of [B, S], over the values that count; int32 [B, n], least above greatest where none does."""
-    return _least(values.masked_fill(~counted, INVALID)), _greatest(values.masked_fill(~counted, LEAST), LEAST)
+def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest site of each tile, int32 [O, n]; least above greatest where a tile has none.
+
+    site: int32 [O, S] in slot order, negative for tokens without one.
+    """
+    if site.device.type == "cuda":
+        from mmcompile.kernels import tile_bounds_kernel
+
+        return tile_bounds_kernel.site_bounds(site)
+    return site_bounds_cpu(site)
+
+
+def site_bounds_cpu(site: Tensor) -> tuple[Tensor, Tensor]:
+    """`site_bounds` in torch operations."""
+    return _least(site.masked_fill(site < 0, INVALID)), _greatest(site.masked_fill(site < 0, LEAST), LEAST)
 
 
 def by_tile(values: Tensor, absent: int) -> Tensor:
@@ -110,7 +137,7 @@ class TileBounds:
         segments=False, spans=False: promised to hold no segment, no span, which saves their comparisons.
         """
         window = None if window is None else min(window, MAX_TOKENS)
-        return cls(TagBounds.of_queries(query_tags), TagBounds.of_keys(key_tags), window, segments, spans)
+        return cls(*tag_bounds(query_tags, key_tags), window, segments, spans)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -132,6 +159,14 @@ class TileBounds:
             some &= key.segment_first <= query.segment_last
             some &= query.segment_first <= key.segment_last
         return some
+
+    def count_non_empty(self) -> Tensor:
+        """How many tiles may hold an allowed element, int64 [B]."""
+        if self.query.first.device.type == "cuda":
+            from mmcompile.kernels import tile_bounds_kernel
+
+            return tile_bounds_kernel.count_non_empty(self)
+        return count_non_empty_cpu(self)
 
     def span_match(self, rows: slice) -> Tensor:
         """Tiles in which a query and a key may be of one span, bool [B, rows, nK]."""
@@ -163,3 +198,8 @@ class TileBounds:
 
     def _columns(self) -> TagBounds:
         return TagBounds(*(bound[:, None, :] for bound in self.key))
+
+
+def count_non_empty_cpu(bounds: TileBounds) -> Tensor:
+    """`TileBounds.count_non_empty` in torch operations."""
+    return torch.stack([bounds.non_empty(rows).sum((1, 2)) for rows in bounds.chunks()]).sum(0)

@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from mmcompile.kernels.a_shape import Intervals
+from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import TileBounds, row_chunks
+from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY, Chosen, classify
+
+
+class Streamed(NamedTuple):
+    """What a kernel makes the levels of one query tile from: `plane`, or `diagonals`, or else the tile classes and
+    distances, as `levels.Rings` has them."""
+
+    plane: Tensor | None = None  # integer [N, nQ, nK], the levels themselves
+    diagonals: Tensor | None = None  # int64 [N, nK + 1], the level of each distance before the query's own tile
+    own: Tensor | None = None  # int64 [2, N, nQ], own tiles of each query tile, for `diagonals`
+    row_lines: Tensor | None = None  # bool [N, nQ], query tiles that choose every tile, as `CHOSEN` ones
+    column_lines: Tensor | None = None  # bool [N, nK], key tiles that every query tile chooses
 
 
 class Levels(Protocol):
@@ -15,20 +28,42 @@ class Levels(Protocol):
     count: int
 
     @property
-    def table(self) -> Tensor | None:
-        """Attention of a tile of each level, to a factor that a query tile's tiles share: float [count], or None where
-        it is not known."""
+    def weights(self) -> Tensor | None:
+        """Attention of a tile of each level, to a factor that a query tile's tiles share: int32 [count], or None where
+        it is not known. In integers, so that sums are the same in any order."""
 
     def of(self, rows: slice) -> Tensor:
         """Integer [N, rows, nK]; `rows` are query tiles."""
 
+    def streamed(self) -> Streamed:
+        """The same, tile by tile."""
 
-class Layout(NamedTuple):
-    """Where the tokens of N plan rows stand: classification and mandatory tiles of each of O pairs of orders."""
+
+class Places(NamedTuple):
+    """Where the tokens stand in each of O pairs of orders, and what that makes of the tiles."""
 
     bounds: TileBounds  # of [O, nQ, nK]
     must: Intervals  # tiles that no cap removes, [O, *, Sq]
+    classes: Tensor  # uint8 [O, nQ, nK], see tile_classes.py
+
+    @classmethod
+    def of(cls, bounds: TileBounds, must: Intervals, chosen: Chosen) -> "Places":
+        return cls(bounds, must, classify(bounds, must, chosen))
+
+    def choosing(self, chosen: Chosen) -> "Places":
+        """The same places for a pattern that chooses other tiles."""
+        return Places.of(self.bounds, self.must, chosen)
+
+
+class Layout(NamedTuple):
+    """The places of N plan rows."""
+
+    places: Places
     pair: Tensor  # int64 [N], the pair of orders of each row
+
+    @property
+    def bounds(self) -> TileBounds:
+        return self.places.bounds
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -43,38 +78,78 @@ class Layout(NamedTuple):
         return of_pair.index_select(0, self.pair)
 
     def non_empty(self, rows: slice) -> Tensor:
-        return self.of_row(self.bounds.non_empty(rows))
+        return self._has(NON_EMPTY, rows)
 
     def full(self, rows: slice) -> Tensor:
-        return self.of_row(self.bounds.full(rows))
+        return self._has(FULL, rows)
 
     def mandatory(self, rows: slice) -> Tensor:
         """bool [N, rows, nK]; no empty tiles."""
-        return self.of_row(self.must.cover(rows, self.shape[2]) & self.bounds.non_empty(rows))
+        return self._has(MANDATORY, rows)
+
+    def chosen(self, rows: slice) -> Tensor:
+        return self._has(CHOSEN, rows)
+
+    def _has(self, which: int, rows: slice) -> Tensor:
+        return self.of_row(self.places.classes[:, rows] & which != 0)
+
+
+class Limits(NamedTuple):
+    """Where a plan row's list ends: at a cap, and where each query tile has the attention that it is to have."""
+
+    budget: Tensor | None = None  # int64 [B], tiles that each plan row may compute
+    recall: float | None = None  # share of a query tile's attention
+    columns: Tensor | None = None  # int32 [N, nQ], single keys of each query tile; `TILE` of them cost a tile
+    held: Tensor | None = None  # float32 [N, nQ], the share that these hold, and tiles need not
+
+    def tiles(self, rows: int) -> Tensor:
+        """What the budget leaves each of N plan rows for tiles, int64 [N]."""
+        assert self.budget is not None
+        left = self.budget.repeat_interleave(rows // self.budget.shape[0])
+        return left if self.columns is None else left - (self.columns.sum(-1) + TILE - 1) // TILE
+
+    def target(self) -> Tensor | float:
+        """What tiles are to hold of the attention that single keys leave to them, float32 [N, nQ]."""
+        assert self.recall is not None
+        if self.held is None:
+            return self.recall
+        return ((self.recall - self.held) / (1.0 - self.held).clamp(min=1e-6)).clamp(min=0.0)
 
 
 class Cut(NamedTuple):
     """The last level that is listed, for each plan row and for each of its query tiles."""
 
     of_row: Tensor  # int64 [N]
-    of_tile: Tensor | None  # int64 [N, nQ]
+    of_tile: Tensor | None  # integer [N, nQ]
     rest: Tensor | None  # int64 [N], what is left of the budget for tiles of the level after `of_row`
     next: Tensor | None  # int64 [N], how many these are
 
 
-def find_cut(layout: Layout, levels: Levels, budget: Tensor | None, recall: Tensor | None) -> Cut | None:
-    """Where to stop: each query tile at `recall` of its attention, each plan row within `budget` tiles.
+def find_cut(layout: Layout, levels: Levels, limits: Limits) -> Cut | None:
+    """Where to stop, or None where nothing stops.
 
     Mandatory tiles are counted first, then tiles level by level, for as long as a whole level fits; where attention is
-    known, what is left goes to tiles of the next level, spread evenly. budget: int64 [N] or None. recall: float [N, nQ]
-    or None.
+    known, what is left goes to tiles of the next level, spread evenly, and no query tile has more than its recall.
     """
-    if budget is None and recall is None:
+    if limits.budget is None and limits.recall is None:
         return None
+    if layout.pair.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import tile_list_kernel
+
+        return tile_list_kernel.find_cut(layout, levels, limits)
+    return find_cut_cpu(layout, levels, limits)
+
+
+def find_cut_cpu(layout: Layout, levels: Levels, limits: Limits) -> Cut:
+    """`find_cut` in torch operations."""
     device = layout.pair.device
     mandatory = torch.zeros(layout.shape[0], dtype=torch.int64, device=device)
     tiles_of = torch.zeros(layout.shape[0], levels.count + 1, dtype=torch.int64, device=device)  # by level
     reached: list[Tensor] = []
+    share = torch.ones(layout.shape[:2], device=device)
+    if limits.recall is not None:
+        share *= limits.target()
     for rows in layout.chunks():
         must = layout.mandatory(rows)
         wanted = levels.of(rows).long()
@@ -84,23 +159,25 @@ def find_cut(layout: Layout, levels: Levels, budget: Tensor | None, recall: Tens
         one = torch.ones((), dtype=torch.int32, device=device).expand_as(level)
         counted = torch.zeros(*level.shape[:2], levels.count + 1, dtype=torch.int32, device=device)
         counted.scatter_add_(-1, level, one)
-        if recall is not None and levels.table is not None:
-            table = torch.nn.functional.pad(levels.table, (0, 1))
-            of_must = (table[wanted] * must).sum(-1, keepdim=True)
-            held = (counted[..., :-1] * levels.table).cumsum(-1)
-            held = torch.cat([of_must, held + of_must], -1)  # with no level, with level 0, with 0 and 1, ...
-            target = held[..., -1:] * recall[:, rows, None]
+        if limits.recall is not None and levels.weights is not None:
+            weights = torch.nn.functional.pad(levels.weights.long(), (0, 1))
+            of_must = weights[torch.where(must, wanted, levels.count)].sum(-1, keepdim=True)
+            held = (counted[..., :-1] * weights[:-1]).cumsum(-1)
+            # With no level, with level 0, with 0 and 1, ...: integers that float64 holds exactly.
+            held = torch.cat([of_must, held + of_must], -1).double()
+            target = held[..., -1:] * share[:, rows, None].double()
             within = ((held < target).sum(-1) - 1).clamp(max=levels.count - 1)
             reached.append(within)
             counted *= torch.arange(levels.count + 1, device=device) <= within.unsqueeze(-1)
         mandatory += must.sum((1, 2))
         tiles_of += counted.sum(1)
     of_tile = torch.cat(reached, 1) if reached else None
-    if budget is None:
+    if limits.budget is None:
         return Cut(torch.full_like(mandatory, levels.count - 1), of_tile, None, None)
+    budget = limits.tiles(layout.shape[0])
     used = mandatory.unsqueeze(1) + tiles_of[:, :-1].cumsum(1)
     last = (used <= budget.unsqueeze(1)).sum(1) - 1
-    if levels.table is None:
+    if levels.weights is None:
         return Cut(last, of_tile, None, None)
     spent = torch.cat([mandatory.unsqueeze(1), used], 1).gather(1, (last + 1).unsqueeze(1)).squeeze(1)
     following = torch.nn.functional.pad(tiles_of[:, :-1], (0, 1)).gather(1, (last + 1).unsqueeze(1)).squeeze(1)
@@ -112,14 +189,27 @@ def list_tiles(
 ) -> None:
     """Write the tiles up to a cut: for each query tile the full ones ascending, then the partial ones ascending.
 
-    hot_tiles: bool [N, nK], tiles with a key that a column has: they are never full. counts: int32 [N, nQ, 5], of which
-    the first three are written: first entry, full, partial. tiles: int32 [N, T]; unused entries become -1.
+    N = B * R plan rows. hot_tiles: bool [N, nK], tiles with a key that a column has: they are never full. counts: int32
+    [B, R, nQ, 5], a view, of which the first three are written: first entry, full, partial. tiles: int32 [B, R, T], a
+    view; unused entries become -1.
     """
-    length = tiles.shape[1]
-    room = torch.full((tiles.shape[0], length + 1), -1, dtype=torch.int32, device=tiles.device)
-    start = torch.zeros(tiles.shape[0], 1, dtype=torch.int64, device=tiles.device)
+    if tiles.device.type == "cuda":
+        from mmcompile.kernels import tile_list_kernel
+
+        tile_list_kernel.list_tiles(layout, levels, cut, hot_tiles, counts, tiles)
+    else:
+        list_tiles_cpu(layout, levels, cut, hot_tiles, counts, tiles)
+
+
+def list_tiles_cpu(
+    layout: Layout, levels: Levels, cut: Cut | None, hot_tiles: Tensor | None, counts: Tensor, tiles: Tensor
+) -> None:
+    """`list_tiles` in torch operations."""
+    batch, count, length = tiles.shape
+    room = torch.full((batch * count, length + 1), -1, dtype=torch.int32, device=tiles.device)
+    start = torch.zeros(batch * count, 1, dtype=torch.int64, device=tiles.device)
     tile = torch.arange(layout.shape[2], dtype=torch.int32, device=tiles.device)
-    seen = torch.zeros(tiles.shape[0], dtype=torch.int64, device=tiles.device)  # tiles of the level after the cut
+    seen = torch.zeros(batch * count, dtype=torch.int64, device=tiles.device)  # tiles of the level after the cut
     for rows in layout.chunks():
         chosen, seen = _choose(layout, levels, cut, rows, seen)
         full = layout.full(rows)
@@ -136,10 +226,14 @@ def list_tiles(
         # What is not chosen lands in the last entry, which is cut off. So would tiles beyond the room there is.
         entry = torch.where(chosen, entry, length).clamp_(max=length)
         room.scatter_(1, entry.flatten(1), tile.expand_as(entry).flatten(1))
-        counts[:, rows, 0] = first.clamp(max=length)
-        counts[:, rows, 1] = torch.minimum(full_count, (length - first).clamp(min=0))
-        counts[:, rows, 2] = torch.minimum(partial_count, (length - first - full_count).clamp(min=0))
-    tiles.copy_(room[:, :length])
+        full_room, partial_room = (length - first).clamp(min=0), (length - first - full_count).clamp(min=0)
+        written = (
+            first.clamp(max=length),
+            torch.minimum(full_count, full_room),
+            torch.minimum(partial_count, partial_room),
+        )
+        counts[:, :, rows, :3] = torch.stack(written, -1).unflatten(0, (batch, count)).int()
+    tiles.copy_(room[:, :length].unflatten(0, (batch, count)))
 
 
 def _choose(layout: Layout, levels: Levels, cut: Cut | None, rows: slice, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,3 +255,22 @@ def _choose(layout: Layout, levels: Levels, cut: Cut | None, rows: slice, seen: 
         chosen |= (following & (share[0] > share[1])).view_as(chosen)
         seen = rank[:, -1]
     return chosen | must, seen
+
+
+def density(counts: Tensor, causal: Tensor, result: Tensor) -> None:
+    """Computed tiles over those of dense attention; `TILE` columns of a query tile count as one.
+
+    counts: int32 [B, P, nQ, 5] of a plan. causal: int64 [B]. result: float32 [B, P], written.
+    """
+    if counts.device.type == "cuda":
+        from mmcompile.kernels import tile_list_kernel
+
+        tile_list_kernel.density(counts, causal, result)
+    else:
+        density_cpu(counts, causal, result)
+
+
+def density_cpu(counts: Tensor, causal: Tensor, result: Tensor) -> None:
+    """`density` in torch operations."""
+    _, full, partial, _, columns = counts.sum(2, dtype=torch.float64).unbind(-1)  # [B, P]
+    result.copy_((full + partial + columns / TILE) / causal.clamp(min=1).unsqueeze(1))

@@ -5,7 +5,7 @@ combination of pattern kind, boundary kind and order.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -92,6 +92,19 @@ class PatternCase:
     def __str__(self) -> str:
         patterns = dict.fromkeys(map(str, self.patterns))
         return f"PatternCase.of({self.seed}): {' | '.join(patterns)}; {self!r}"
+
+    def shortened(self, tokens: int, prefix: int) -> "PatternCase":
+        """The case with at most so many queries, and so many keys before them."""
+        tokens, prefix = min(self.query_length, tokens), min(self.key_length - self.query_length, prefix)
+        segments, left = [], self.batch * tokens
+        for size, modality, grid in self.segments:
+            if left:
+                segments.append((min(size, left), modality, grid if size <= left else (0, 0, 0)))
+                left -= segments[-1][0]
+        offset = min(self.query_offset, prefix)
+        return replace(
+            self, query_length=tokens, key_length=tokens + prefix, query_offset=offset, segments=tuple(segments)
+        )
 
     def inputs(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Query [B, H, Sq, D], key and value [B, KV, Sk, D]: noise, some keys that all queries look at, and a grid."""

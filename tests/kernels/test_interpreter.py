@@ -3,7 +3,6 @@
 Float32 and float16 only: the interpreter multiplies bfloat16 wrongly.
 """
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -130,21 +129,4 @@ def every_op_by_triton(monkeypatch):
 @pytest.mark.parametrize("seed", range(0, len(combinations()), 4))
 def test_every_pattern_boundary_and_order(seed, every_op_by_triton):
     """The cases of test_head_patterns.py, from the estimate to the output; short ones, the interpreter is slow."""
-    case = PatternCase.of(seed)
-    tokens = min(case.query_length, 140)
-    segments, left = [], case.batch * tokens
-    for size, modality, grid in case.segments:
-        if left:
-            fits = size <= left
-            segments.append((min(size, left), modality, grid if fits else (0, 0, 0)))
-            left -= segments[-1][0]
-    prefix = min(case.key_length - case.query_length, 130)
-    check_case(
-        replace(
-            case,
-            query_length=tokens,
-            key_length=tokens + prefix,
-            query_offset=min(case.query_offset, prefix),
-            segments=tuple(segments),
-        )
-    )
+    check_case(PatternCase.of(seed).shortened(140, 130))

@@ -1,0 +1,86 @@
+"""The kernels of the list side of planning on a real GPU, against the torch operations that they stand for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mmcompile.kernels import (
+    a_shape,
+    a_shape_kernel,
+    tile_bounds,
+    tile_bounds_kernel,
+    tile_classes,
+    tile_list,
+    tile_list_kernel,
+)
+from mmcompile.kernels.arrange import arrange
+from mmcompile.kernels.levels import MassLevels
+from mmcompile.kernels.plan import plan
+from mmcompile.kernels.tile_list import Layout
+from tests.kernels.pattern_cases import PatternCase
+from tests.kernels.plan_cases import random_case, random_site_case
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic.*")]
+DENSITIES = [None, 0.05, 0.3, 0.7, 1.0]
+
+
+@pytest.fixture(autouse=True)
+def torch_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels by torch, so that both ways of listing see the same ones; the kernel's are next to them."""
+
+    def both(layout: Layout, rows: slice, mass: torch.Tensor, whole: float, levels: torch.Tensor, *sizes: int) -> None:
+        put(layout, rows, mass, whole, levels, *sizes)
+        made, some = levels[:, rows].clone(), layout.non_empty(rows)
+        by_torch = MassLevels.__new__(MassLevels)
+        by_torch.layout, by_torch.whole, by_torch.levels = layout, whole, levels
+        by_torch.put_cpu(rows, mass)
+        assert not (((made - levels[:, rows]).abs() > 1) & some).any()
+
+    put = tile_list_kernel.put_mass
+    monkeypatch.setattr(tile_list_kernel, "put_mass", both)
+
+
+@contextmanager
+def by_torch() -> Iterator[None]:
+    """Torch operations in the place of kernels, on the same GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_bounds_kernel, "tag_bounds", tile_bounds.tag_bounds_cpu)
+        patch.setattr(tile_bounds_kernel, "site_bounds", tile_bounds.site_bounds_cpu)
+        patch.setattr(tile_bounds_kernel, "count_non_empty", tile_bounds.count_non_empty_cpu)
+        patch.setattr(tile_bounds_kernel, "classify", tile_classes.classify_cpu)
+        patch.setattr(a_shape_kernel, "sort_keys", a_shape.sort_keys_cpu)
+        patch.setattr(a_shape_kernel, "runs", a_shape.runs_cpu)
+        patch.setattr(tile_list_kernel, "find_cut", tile_list.find_cut_cpu)
+        patch.setattr(tile_list_kernel, "list_tiles", tile_list.list_tiles_cpu)
+        patch.setattr(tile_list_kernel, "density", tile_list.density_cpu)
+        yield
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plans_that_need_no_data(seed: int) -> None:
+    case = random_case(seed) if seed % 2 else random_site_case(seed)
+    on_gpu = [
+        {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+        for arguments in (case.arrange_arguments(0), case.plan_arguments(case.arrange(), DENSITIES[seed % 5], 0))
+    ]
+    arguments = on_gpu[1] | {"arrangement": arrange(**on_gpu[0])}
+    made, stats = plan(**arguments)
+    with by_torch():
+        expected, expected_stats = plan(**arguments)
+    for name, a, b in zip(made._fields, made, expected, strict=True):
+        assert torch.equal(a, b), f"{name}\n{case}"
+    assert torch.equal(stats.density, expected_stats.density), case
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plans_from_data(seed: int) -> None:
+    case = PatternCase.of(seed * 31)
+    query, key, _ = case.inputs("cuda")
+    made = case.plan(query, key)
+    with by_torch():
+        expected = case.plan(query, key)
+    for name, a, b in zip(made.lists._fields, made.lists, expected.lists, strict=True):
+        assert torch.equal(a, b), f"{name}\n{case}"
+    assert torch.equal(made.density, expected.density), case

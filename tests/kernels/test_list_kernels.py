@@ -1,0 +1,230 @@
+"""The kernels of the list side of planning, run by Triton's interpreter, make the plans that torch operations make."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmcompile.kernels import (
+    a_shape,
+    a_shape_kernel,
+    tile_bounds,
+    tile_bounds_kernel,
+    tile_classes,
+    tile_list,
+    tile_list_kernel,
+)
+from mmcompile.kernels import plan as planning
+from mmcompile.kernels.a_shape import Intervals
+from mmcompile.kernels.levels import MASS_LEVELS, OCTAVE, MassLevels, Rings
+from mmcompile.kernels.lines import Diagonals, GridLines
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.tile_bounds import TileBounds
+from mmcompile.kernels.tile_classes import MANDATORY, NON_EMPTY
+from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places
+from mmcompile.kernels.tile_list_kernel import Steps
+from tests.kernels.pattern_cases import PatternCase, combinations
+from tests.kernels.plan_cases import Made, PlanCase, plan_cases, site_cases
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+]
+few = settings(deadline=None, max_examples=max(10, settings().max_examples // 4))
+every_kind = st.one_of(plan_cases(), site_cases())
+some_density = st.sampled_from([None, 0.01, 0.1, 0.29, 0.5, 0.75, 0.95, 1.0])
+
+
+@contextmanager
+def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
+    """Plans run the kernels for tensors of the CPU too, in steps of so few key tiles that a case takes several.
+
+    All but `MassLevels.put`, of which the logarithms may round another way.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_bounds, "tag_bounds_cpu", tile_bounds_kernel.tag_bounds)
+        patch.setattr(tile_bounds, "site_bounds_cpu", tile_bounds_kernel.site_bounds)
+        patch.setattr(tile_bounds, "count_non_empty_cpu", tile_bounds_kernel.count_non_empty)
+        patch.setattr(tile_classes, "classify_cpu", tile_bounds_kernel.classify)
+        patch.setattr(a_shape, "sort_keys_cpu", a_shape_kernel.sort_keys)
+        patch.setattr(a_shape, "runs_cpu", a_shape_kernel.runs)
+        patch.setattr(tile_list, "find_cut_cpu", tile_list_kernel.find_cut)
+        patch.setattr(tile_list, "list_tiles_cpu", tile_list_kernel.list_tiles)
+        patch.setattr(tile_list, "density_cpu", tile_list_kernel.density)
+        patch.setattr(tile_bounds_kernel, "KEY_TILES", key_tiles)
+        for walk in ("PUT", "COUNT", "LIST"):
+            patch.setattr(tile_list_kernel, walk, Steps(key_tiles, 1))
+        patch.setattr(tile_list_kernel, "SUMMED", 2)
+        patch.setattr(tile_list_kernel, "QUERY_TILES", 2)
+        yield patch
+
+
+def assert_same(one: Made, other: Made) -> None:
+    for parts in zip(one[2:4], other[2:4], strict=True):
+        for name, a, b in zip(parts[0]._fields, *parts, strict=True):
+            assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) if a.is_floating_point() else torch.equal(a, b), (
+                name
+            )
+
+
+@few
+@given(every_kind, some_density)
+def test_plans_that_need_no_data(case: PlanCase, density: float | None) -> None:
+    expected = case.plan(density)
+    with by_triton():
+        assert_same(case.plan(density), expected)
+
+
+@few
+@given(plan_cases(), st.integers(0, 12))
+def test_nothing_is_written_outside_the_room(case: PlanCase, room: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_tile_room", lambda *_: room)
+        expected = case.plan(0.5)
+        with by_triton():
+            assert_same(case.plan(0.5), expected)
+
+
+@pytest.mark.parametrize("seed", range(0, len(combinations()), 2))
+def test_plans_from_data(seed: int) -> None:
+    case = PatternCase.of(seed).shortened(300, 130)
+    query, key, _ = case.inputs()
+    expected = case.plan(query, key)
+    with by_triton():
+        made = case.plan(query, key)
+    for name, a, b in zip(expected.lists._fields, made.lists, expected.lists, strict=True):
+        assert torch.equal(a, b), f"{name}\n{case}"
+    for a, b in ((made.density, expected.density), (made.recall, expected.recall)):
+        assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)), case
+
+
+@dataclass(frozen=True)
+class ListCase:
+    """Tiles of any classes and levels, and any cap: what no prompt may bring, too. `seed` draws the numbers."""
+
+    seed: int
+    batch: int
+    rows: int  # of a batch row
+    orders: int
+    query_tiles: int
+    key_tiles: int
+    kind: str
+    density: float | None
+    recall: float | None
+    columns: bool
+    room: float  # of all tiles
+
+    def layout(self, draw: torch.Generator) -> Layout:
+        lengths = self.query_tiles * TILE - 5, self.key_tiles * TILE
+        tags = [_random_tags(self.orders, length, draw) for length in lengths]
+        classes = torch.randint(16, (self.orders, self.query_tiles, self.key_tiles), generator=draw).to(torch.uint8)
+        classes &= torch.where(classes & NON_EMPTY != 0, 255, 255 - MANDATORY).to(torch.uint8)
+        none = torch.empty(self.orders, 0, lengths[0], dtype=torch.int32)
+        places = Places(
+            TileBounds(*tile_bounds_kernel.tag_bounds(*tags), None, False, False), Intervals(none, none), classes
+        )
+        return Layout(places, torch.randint(self.orders, (self.batch * self.rows,), generator=draw))
+
+    def levels(self, layout: Layout, draw: torch.Generator) -> Levels:
+        n, query_tiles, key_tiles = layout.shape
+        if self.kind == "mass":
+            mass = MassLevels(layout, 0.5)
+            most = 1 + int(torch.randint(MASS_LEVELS, (), generator=draw))
+            mass.levels.random_(most, generator=draw)
+            return mass
+        if self.kind == "rings":
+            return Rings(layout)
+        if self.kind == "lines":
+            grid = GridLines.__new__(GridLines)
+            grid.layout, grid.count = layout, key_tiles + 1
+            grid.vertical = torch.rand(n, key_tiles, generator=draw) < 0.3
+            grid.horizontal = torch.rand(n, query_tiles, generator=draw) < 0.3
+            return grid
+        diagonals = Diagonals.__new__(Diagonals)
+        diagonals.count = max(1, key_tiles // 2)
+        diagonals.levels = torch.randint(diagonals.count + 1, (n, key_tiles + 1), generator=draw)
+        diagonals.own = torch.randint(key_tiles, (2, n, query_tiles), generator=draw)
+        diagonals.key_tile = torch.arange(key_tiles)
+        return diagonals
+
+
+def list_cases() -> st.SearchStrategy[ListCase]:
+    return st.builds(
+        ListCase,
+        seed=st.integers(0, 2**31),
+        batch=st.integers(1, 2),
+        rows=st.integers(1, 3),
+        orders=st.integers(1, 2),
+        query_tiles=st.integers(1, 7),
+        key_tiles=st.integers(1, 9),
+        kind=st.sampled_from(["mass", "mass", "rings", "lines", "diagonals"]),
+        density=st.sampled_from([None, 0.0, 0.05, 0.2, 0.5, 1.0]),
+        recall=st.sampled_from([None, 0.3, 0.9, 1.0]),
+        columns=st.booleans(),
+        room=st.sampled_from([0.0, 0.3, 1.0]),
+    )
+
+
+def _random_tags(orders: int, length: int, draw: torch.Generator) -> Tensor:
+    position = torch.stack([torch.randperm(length, generator=draw) for _ in range(orders)])
+    return torch.stack([position, torch.zeros_like(position), torch.full_like(position, -1)], 1).int()
+
+
+@settings(few, max_examples=few.max_examples * 2)
+@given(list_cases(), st.sampled_from([2, 4, 16]))
+def test_any_cut_of_any_tiles(case: ListCase, step: int) -> None:
+    draw = torch.Generator().manual_seed(case.seed)
+    layout = case.layout(draw)
+    levels = case.levels(layout, draw)
+    n, query_tiles, key_tiles = layout.shape
+    limits = Limits()
+    if case.density is not None:
+        most = int(case.density * query_tiles * key_tiles) + 1
+        limits = limits._replace(budget=torch.randint(-2, most, (case.batch,), generator=draw))
+    if case.recall is not None:
+        limits = limits._replace(recall=case.recall)
+    if case.columns:
+        columns = torch.randint(200, (n, query_tiles), generator=draw).int()
+        limits = limits._replace(columns=columns, held=torch.rand(n, query_tiles, generator=draw).round(decimals=1))
+    hot_tiles = torch.rand(n, key_tiles, generator=draw) < 0.3 if case.seed % 2 else None
+    room = int(case.room * query_tiles * key_tiles)
+    # The rows are some of a larger plan's, as those of one pattern are.
+    written = []
+    for find, write in (
+        (tile_list.find_cut_cpu, tile_list.list_tiles_cpu),
+        (tile_list_kernel.find_cut, tile_list_kernel.list_tiles),
+    ):
+        counts = torch.full((case.batch, case.rows + 2, query_tiles, 5), 7, dtype=torch.int32)
+        tiles = torch.full((case.batch, case.rows + 2, room), 7, dtype=torch.int32)
+        with by_triton(step):
+            cut = None if limits.budget is None and limits.recall is None else find(layout, levels, limits)
+            write(layout, levels, cut, hot_tiles, counts[:, 1:-1], tiles[:, 1:-1])
+        written.append((counts, tiles))
+    assert all(torch.equal(one, other) for one, other in zip(*written, strict=True))
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 40), st.sampled_from([None, 0.02, 0.3]))
+def test_levels_of_mass_are_those_of_torch_or_next_to_them(
+    seed: int, query_tiles: int, key_tiles: int, density: float | None
+) -> None:
+    """The logarithms of a GPU may round another way; shares between two levels may come out as either."""
+    draw = torch.Generator().manual_seed(seed)
+    layout = ListCase(seed, 1, 2, 2, query_tiles, key_tiles, "mass", None, None, False, 1.0).layout(draw)
+    mass = torch.rand(2, query_tiles, key_tiles, generator=draw).pow_(12)
+    mass[torch.rand(mass.shape, generator=draw) < 0.1] = 0.0
+    mass[0, 0, 0] = float("nan")
+    one, other = MassLevels(layout, density), MassLevels(layout, density)
+    for rows in (slice(0, query_tiles // 2), slice(query_tiles // 2, query_tiles)):
+        one.put_cpu(rows, mass[:, rows])
+        with by_triton():
+            tile_list_kernel.put_mass(layout, rows, mass[:, rows], other.whole, other.levels, OCTAVE, MASS_LEVELS)
+    some = layout.non_empty(slice(0, query_tiles))
+    assert not (((one.levels - other.levels).abs() > 1) & some).any()
+    assert not ((other.levels < 0) & some).any() and not ((other.levels >= MASS_LEVELS) & some).any()
