@@ -73,9 +73,11 @@ class Report:
     def summary(self) -> str:
         """Totals in one line."""
         dense = len(self.sites) - self.sparse_count
+        kernels = dict.fromkeys(site.kernel for site in self.sites if site.sparse)
         return (
             f"{self.sparse_count} sparse, {dense} dense, in {self.graph_count} graphs "
             f"with {len(self.breaks)} graph breaks"
+            + "".join(f"; sparse ones run on {kernel}" for kernel in kernels)
             + "".join(f"; left out of CUDA graphs: {why}" for why in dict.fromkeys(self.no_cuda_graph))
         )
 

@@ -10,6 +10,7 @@ import torch
 
 from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.kernels.which_kernel import which_kernel
 from mmcompile.passes.confirm_mask import confirm_mask
 from mmcompile.passes.find_attention import AttentionSite, UnreadAttention
 from mmcompile.passes.graph import (
@@ -69,6 +70,7 @@ class SiteRecord:
     reason: Reason
     detail: str
     patterns: tuple[str, ...]  # distinct patterns of the site's heads, described; empty where dense
+    kernel: str = ""  # what attends to the plan, in words; empty where dense
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
@@ -288,7 +290,13 @@ def _record(
         reason=reason,
         detail=detail,
         patterns=tuple(dict.fromkeys(str(pattern) for pattern in heads)),
+        kernel=_kernel(site) if reason is Reason.SPARSE else "",
     )
+
+
+def _kernel(site: AttentionSite) -> str:
+    query = fake_value(site.query)
+    return which_kernel(query.device, query.dtype, _number(site.head_dim))
 
 
 def _describe(site: AttentionSite, mask: MaskSpec | OpaqueMask | None) -> str:
