@@ -70,10 +70,7 @@ def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern, most: int) 
     """
     slot = last_slots(rows, pattern.boundary in ("q", "2d"))
     mass, total = rows.tile_mass(slot)
-    samples = slot.unflatten(1, (-1, LAST_QUERIES))
-    by_modality = total.unflatten(1, (-1, LAST_QUERIES))
-    weights = [rows.key_mass(samples[:, g], by_modality[:, g], 0) for g in range(samples.shape[1])]
-    weight = torch.stack(weights).amax(0)
+    weight = rows.key_mass(slot, total, 0, slot.shape[1] // LAST_QUERIES).amax(1)
     best = weight.topk(min(most, weight.shape[-1]), -1)
     columns = Columns.of(rows, best.indices, best.values > 0.0)
     wanted_diagonals = -(-pattern.slash // TILE)
@@ -125,7 +122,7 @@ class GridLines:
     def _most_attended(self, rows: Rows, key_site: Tensor) -> Tensor:
         """The site with the most attention of the probes, int64 [N]."""
         slot = torch.cat(Probes.of(rows).choosing, -1)
-        weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0)
+        weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0).squeeze(1)
         total = weight.new_zeros(weight.shape[0], self.sites + 1).scatter_add_(1, (key_site + 1).long(), weight)
         return total[:, 1:].argmax(-1)
 

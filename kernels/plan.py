@@ -227,7 +227,7 @@ def _plan_rows(
     computed = counts[..., 1:3].sum((1, 2)).double() + counts[..., 4].sum(1).double() / TILE
     _write(stats.density, (computed / causal.clamp(min=1)).float())
     if estimated and pattern.kind != "columns":
-        measured = Measured.of(rows, None if columns is None else columns.cold) if seen is None else seen.measured
+        measured = Measured.of(rows, columns) if seen is None else seen.measured
         _write(stats.recall, measured.recall(counts, tiles))
 
 

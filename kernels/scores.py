@@ -12,6 +12,7 @@ from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tags import INVALID
 from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
+from mmcompile.kernels.tile_mass import mean_shares
 
 ANTIDIAGONAL = 16  # queries and keys of one antidiagonal (XAttention's stride)
 
@@ -29,16 +30,15 @@ def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, ...]:
 
 def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor]:
     """Exact attention of the samples of each tile, averaged; and what of it the columns hold, float [N, rows]."""
-    tile = torch.arange(rows.start, rows.stop, device=layout.pair.device).expand(of.rows, -1)
+    tile = torch.arange(rows.start, rows.stop, device=layout.pair.device).unsqueeze(0)
     samples = sample_slots(of, tile)
-    slot = torch.cat(samples, -1)
-    mass, total = of.tile_mass(slot, None if columns is None else columns.cold)
-    held = torch.zeros_like(total)
-    if columns is not None:
+    slot = torch.cat(samples, -1).expand(of.rows, -1)
+    log_mass = of.tile_log_mass(slot, None if columns is None else columns.cold)
+    if columns is None:
+        in_columns = torch.full(slot.shape, float("-inf"), device=slot.device)
+    else:
         in_columns = of.slots_log_mass(slot, columns.slots, columns.listed)
-        held = torch.sigmoid(in_columns - total).nan_to_num_(0.0)  # both are -inf for a query that sees no key
-        mass = mass * (1.0 - held).unsqueeze(-1)
-    return tuple(part.unflatten(1, (len(samples), -1)).mean(1) for part in (mass, held))
+    return mean_shares(log_mass, in_columns, len(samples))
 
 
 def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:

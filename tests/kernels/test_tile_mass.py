@@ -17,7 +17,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmcompile.kernels import attention_config, tile_mass, tile_mass_kernel
+from mmcompile.kernels import attention_config, column_mass_kernel, tile_mass, tile_mass_kernel, tile_shares_kernel
 from mmcompile.kernels.attention_config import Config, padded_head_dim
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tags import INVALID, INVALID_SPAN
@@ -52,6 +52,8 @@ class MassCase:
     ascending: bool = False
     cold: bool = False
     skip_tiles: int = 0
+    listed: int = 50
+    groups: int = 1
     seed: int = 0
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> dict:
@@ -85,6 +87,12 @@ class MassCase:
     def cold_keys(self) -> Tensor | None:
         torch.manual_seed(self.seed + 1)
         return torch.rand(self.batch, self.rows, self.key_length) < 0.6 if self.cold else None
+
+    def key_list(self) -> tuple[Tensor, Tensor]:
+        """Key slots [B, P, C] and how many of them count."""
+        torch.manual_seed(self.seed + 3)
+        slots = torch.rand(self.batch, self.rows, self.key_length).argsort(2)[:, :, : self.listed]
+        return slots.int(), torch.randint(slots.shape[2] + 1, (self.batch, self.rows), dtype=torch.int32)
 
     def own_tiles(self) -> Tensor:
         torch.manual_seed(self.seed + 2)
@@ -132,6 +140,10 @@ class MassCase:
         arguments |= {"query": query, "key": key}
 
 
+def sampled_rows(arguments: dict) -> SampledRows:
+    return SampledRows(**arguments, key_bounds=tile_mass.key_bounds(arguments["key_tags"]))
+
+
 def sampled_of(arguments: dict, b: int, p: int) -> tuple[Tensor, int, int]:
     """Query tokens, key copy and key order of one row."""
     order = int(arguments["key_row"][b, p])
@@ -169,7 +181,15 @@ def exact_tile_log_mass(arguments: dict, cold: Tensor | None) -> Tensor:
     return torch.stack([tile.logsumexp(3) for tile in scores.split(TILE, 3)], 3)
 
 
-def exact_column_mass(arguments: dict, own_tile: Tensor, skip_tiles: int) -> Tensor:
+def exact_slots_log_mass(arguments: dict, key_slots: Tensor, listed: Tensor) -> Tensor:
+    scores = exact_scores(arguments).gather(
+        3, key_slots.long().unsqueeze(2).expand(-1, -1, arguments["slots"].shape[2], -1)
+    )
+    unlisted = torch.arange(key_slots.shape[2]) >= listed.unsqueeze(2)
+    return scores.masked_fill_(unlisted.unsqueeze(2), MINUS_INFINITY).logsumexp(3)
+
+
+def exact_column_mass(arguments: dict, own_tile: Tensor, skip_tiles: int, groups: int) -> Tensor:
     scores = exact_scores(arguments)
     tile = torch.arange(scores.shape[3]) // TILE
     skipped = torch.zeros_like(scores, dtype=torch.bool)
@@ -177,28 +197,33 @@ def exact_column_mass(arguments: dict, own_tile: Tensor, skip_tiles: int) -> Ten
         skipped |= tile == own_tile.unsqueeze(3) - back
     counted = (scores > MINUS_INFINITY) & ~skipped
     weights = scores.softmax(3).masked_fill(~counted, 0.0)
-    return weights.sum(2) / counted.sum(2).clamp(min=1)
+    total, count = (each.unflatten(2, (groups, -1)).sum(3) for each in (weights, counted))
+    return total / count.clamp(min=1)
 
 
 def check(case: MassCase, dtype: torch.dtype = torch.float32, config: Config | None = None) -> None:
-    """Both functions; by the kernels where a launch shape is given."""
-    arguments, cold, own_tile = case.arguments(dtype), case.cold_keys(), case.own_tiles()
+    """Each function; by the kernels where a launch shape is given."""
+    arguments, cold, own_tile, listed = case.arguments(dtype), case.cold_keys(), case.own_tiles(), case.key_list()
     log_mass = exact_tile_log_mass(arguments, None)
-    log_total = log_mass.logsumexp(3).float()
+    sampled, of_columns = (
+        sampled_rows(arguments),
+        (log_mass.logsumexp(3).float(), own_tile, case.skip_tiles, case.groups),
+    )
     if config is None:
-        masses = [tile_mass.tile_log_mass(SampledRows.gather(**arguments), some) for some in (None, cold)]
-        columns = tile_mass.column_mass(
-            SampledRows.gather(**arguments), log_total=log_total, own_tile=own_tile, skip_tiles=case.skip_tiles
-        )
+        masses = [tile_mass.tile_log_mass(sampled, some) for some in (None, cold)]
+        of_slots = tile_mass.slots_log_mass(sampled, *listed)
+        columns = tile_mass.column_mass(sampled, *of_columns)
     else:
-        sampled = SampledRows.gather(**arguments)
         masses = [tile_mass_kernel.tile_log_mass(sampled, some, config) for some in (None, cold)]
-        columns = tile_mass_kernel.column_mass(sampled, log_total, own_tile, case.skip_tiles, config)
+        of_slots = tile_mass_kernel.slots_log_mass(sampled, *listed, config)
+        columns = column_mass_kernel.column_mass(sampled, *of_columns, config)
     for mass, expected in zip(masses, (log_mass, exact_tile_log_mass(arguments, cold)), strict=True):
         assert mass.dtype == torch.float32
         torch.testing.assert_close(mass, expected.float(), **EXACT)
+    torch.testing.assert_close(of_slots, exact_slots_log_mass(arguments, *listed).float(), **EXACT)
     assert columns.dtype == torch.float32
-    torch.testing.assert_close(columns, exact_column_mass(arguments, own_tile, case.skip_tiles).float(), **EXACT)
+    expected = exact_column_mass(arguments, own_tile, case.skip_tiles, case.groups)
+    torch.testing.assert_close(columns, expected.float(), **EXACT)
 
 
 lengths = st.one_of(st.integers(1, 400), st.sampled_from([1, 127, 128, 129, 256, 384]))
@@ -208,13 +233,16 @@ lengths = st.one_of(st.integers(1, 400), st.sampled_from([1, 127, 128, 129, 256,
 def mass_cases(draw: st.DrawFn, max_length: int = 400) -> MassCase:
     query_length = min(draw(lengths), max_length)
     key_length = query_length + draw(st.sampled_from([0, 0, 1, 100]))
+    groups = draw(st.integers(1, 3))
     return MassCase(
         batch=draw(st.integers(1, 2)),
         query_length=query_length,
         key_length=key_length,
         query_offset=draw(st.sampled_from([key_length - query_length, 0, -3])),
         rows=draw(st.integers(1, 3)),
-        samples=draw(st.one_of(st.integers(1, 70), st.sampled_from([1, 64, 128, 200]))),
+        samples=groups * draw(st.one_of(st.integers(1, 70), st.sampled_from([1, 64, 128, 200]))),
+        groups=groups,
+        listed=draw(st.sampled_from([1, 40, 128, 400])),
         heads=draw(st.integers(1, 3)),
         copies=draw(st.integers(1, 2)),
         query_orders=draw(st.integers(1, 2)),
@@ -244,6 +272,7 @@ MASKS = {
     "holes": replace(_BASE, padding="holes", permuted=True),
     "no key": replace(_BASE, padding="empty"),
     "cold": replace(_BASE, cold=True, skip_tiles=1),
+    "groups": replace(_BASE, groups=2, permuted=True, skip_tiles=2),
     "everything": replace(_BASE, window=150, segments=True, spans=True, padding="right", cold=True, skip_tiles=2),
 }
 
@@ -278,29 +307,29 @@ def test_rows_without_a_key():
     arguments = case.arguments()
     arguments["slots"] = torch.arange(200, dtype=torch.int32).view(1, 1, -1)
     arguments["query"] = torch.randn(1, 2, 200, 32)
-    log_mass = tile_mass.tile_log_mass(SampledRows.gather(**arguments))
+    log_mass = tile_mass.tile_log_mass(sampled_rows(arguments))
     assert (log_mass[:, :, :3] == MINUS_INFINITY).all()
     assert (log_mass[:, :, 3:, 0] > MINUS_INFINITY).all()
     own_tile = torch.zeros(1, 1, 200, dtype=torch.int32)
     total = log_mass.logsumexp(3)
-    columns = tile_mass.column_mass(SampledRows.gather(**arguments), log_total=total, own_tile=own_tile, skip_tiles=0)
+    columns = tile_mass.column_mass(sampled_rows(arguments), log_total=total, own_tile=own_tile, skip_tiles=0)
     assert columns.isfinite().all()
     # Without spans, segments and windows the weights of 197 rows add up to as many.
     seen = 197 - torch.arange(200).clamp(max=197)
-    torch.testing.assert_close((columns * seen).sum(), torch.tensor(197.0))
+    torch.testing.assert_close((columns.squeeze(2) * seen).sum(), torch.tensor(197.0))
 
 
 def test_a_row_without_a_total_counts_for_nothing():
     arguments = MassCase(samples=2).arguments()
-    total = tile_mass.tile_log_mass(SampledRows.gather(**arguments)).logsumexp(3)
+    total = tile_mass.tile_log_mass(sampled_rows(arguments)).logsumexp(3)
     own_tile = torch.zeros(1, 2, 2, dtype=torch.int32)
     arguments["slots"][:, :, 1] = 199
     arguments["query"] = arguments["query"].nan_to_num(nan=1.0)
     total[:, :, 1] = MINUS_INFINITY
-    both = tile_mass.column_mass(SampledRows.gather(**arguments), log_total=total, own_tile=own_tile, skip_tiles=0)
+    both = tile_mass.column_mass(sampled_rows(arguments), log_total=total, own_tile=own_tile, skip_tiles=0)
     arguments["slots"] = arguments["slots"][:, :, :1]
     one = tile_mass.column_mass(
-        SampledRows.gather(**arguments), log_total=total[:, :, :1], own_tile=own_tile[:, :, :1], skip_tiles=0
+        sampled_rows(arguments), log_total=total[:, :, :1], own_tile=own_tile[:, :, :1], skip_tiles=0
     )
     torch.testing.assert_close(both, one)
 
@@ -308,7 +337,7 @@ def test_a_row_without_a_total_counts_for_nothing():
 def test_large_scores_do_not_overflow():
     arguments = MassCase(width=64).arguments()
     arguments["scale"] = 1000.0
-    log_mass = tile_mass.tile_log_mass(SampledRows.gather(**arguments))
+    log_mass = tile_mass.tile_log_mass(sampled_rows(arguments))
     torch.testing.assert_close(log_mass, exact_tile_log_mass(arguments, None).float())
 
 
@@ -316,12 +345,12 @@ def test_large_scores_do_not_overflow():
 def test_nothing_sampled(empty):
     case = replace(_BASE, **{empty: 0})
     arguments, own_tile = case.arguments(), case.own_tiles()
-    log_mass = tile_mass.tile_log_mass(SampledRows.gather(**arguments))
+    log_mass = tile_mass.tile_log_mass(sampled_rows(arguments))
     assert log_mass.shape == (2, case.rows, case.samples, 3)
     columns = tile_mass.column_mass(
-        SampledRows.gather(**arguments), log_total=log_mass.logsumexp(3), own_tile=own_tile, skip_tiles=1
+        sampled_rows(arguments), log_total=log_mass.logsumexp(3), own_tile=own_tile, skip_tiles=1
     )
-    assert torch.equal(columns, torch.zeros(2, case.rows, 330))
+    assert torch.equal(columns, torch.zeros(2, case.rows, 1, 330))
 
 
 def launch_shape(width: int, dtype: torch.dtype, large: bool, monkeypatch: pytest.MonkeyPatch) -> Config:
@@ -372,10 +401,10 @@ def test_kernels_on_more_blocks_than_they_look_at_together(monkeypatch):
 @pytest.mark.interpreter
 def test_kernels_read_any_strides():
     arguments = replace(_BASE, batch=2).arguments()
-    expected = tile_mass_kernel.tile_log_mass(SampledRows.gather(**arguments), None)
+    expected = tile_mass_kernel.tile_log_mass(sampled_rows(arguments), None)
     for name in ("query", "key"):
         arguments[name] = arguments[name].transpose(1, 3).contiguous().transpose(1, 3)
-    strided = tile_mass_kernel.tile_log_mass(SampledRows.gather(**arguments), None)
+    strided = tile_mass_kernel.tile_log_mass(sampled_rows(arguments), None)
     assert torch.equal(strided, expected)
 
 
