@@ -35,8 +35,8 @@ class Diagonals:
 
     table = None
 
-    def __init__(self, layout: Layout, own_slots: Tensor, mass: Tensor, own_tiles: Tensor, wanted: int) -> None:
-        """own_slots: int64 [N, Sq]. mass: float [N, R, nK] of some queries, own_tiles: int32 [N, R] theirs."""
+    def __init__(self, rows: Rows, layout: Layout, mass: Tensor, own_tiles: Tensor, wanted: int) -> None:
+        """mass: float [N, R, nK] of some queries, own_tiles: int32 [N, R] theirs."""
         key_tiles = layout.shape[2]
         self.count = min(wanted, key_tiles)
         distance = own_tiles.unsqueeze(-1) - torch.arange(key_tiles, device=mass.device)
@@ -47,9 +47,10 @@ class Diagonals:
         self.levels = torch.full_like(distance[:, 0], self.count)
         self.levels = torch.nn.functional.pad(self.levels, (0, 1), value=self.count).scatter_(1, best, rank)
         # The own keys of a tile of queries lie in two tiles at most where both stand in one order.
-        last = torch.arange(layout.shape[1], device=mass.device) * TILE + TILE - 1
-        last = last.clamp(max=own_slots.shape[1] - 1)
-        self.own = [own_slots[:, ::TILE] // TILE, own_slots.index_select(1, last) // TILE]  # [N, nQ]
+        length = rows.scene.query_modality.shape[1]
+        first = torch.arange(layout.shape[1], device=mass.device) * TILE
+        ends = torch.cat([first, (first + TILE - 1).clamp(max=length - 1)]).expand(rows.rows, -1)
+        self.own = rows.own_tiles(ends).chunk(2, 1)  # [N, nQ] each
         self.key_tile = torch.arange(key_tiles, device=mass.device)
 
     def of(self, rows: slice) -> Tensor:
@@ -57,7 +58,7 @@ class Diagonals:
         levels = []
         for own in self.own:
             distance = own[:, rows, None] - self.key_tile
-            distance = torch.where(distance >= 0, distance, key_tiles)
+            distance = torch.where(distance >= 0, distance, key_tiles).long()
             levels.append(self.levels.gather(1, distance.flatten(1)).view(distance.shape))
         return torch.minimum(*levels)
 
@@ -74,7 +75,7 @@ def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern, most: int) 
     best = weight.topk(min(most, weight.shape[-1]), -1)
     columns = Columns.of(rows, best.indices, best.values > 0.0)
     wanted_diagonals = -(-pattern.slash // TILE)
-    return columns, Diagonals(layout, rows.own_slots(), mass, rows.own_tiles(slot), wanted_diagonals)
+    return columns, Diagonals(rows, layout, mass, rows.own_tiles(slot), wanted_diagonals)
 
 
 class GridLines:
@@ -121,7 +122,7 @@ class GridLines:
 
     def _most_attended(self, rows: Rows, key_site: Tensor) -> Tensor:
         """The site with the most attention of the probes, int64 [N]."""
-        slot = torch.cat(Probes.of(rows).choosing, -1)
+        slot = Probes.of(rows).choosing
         weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0).squeeze(1)
         total = weight.new_zeros(weight.shape[0], self.sites + 1).scatter_add_(1, (key_site + 1).long(), weight)
         return total[:, 1:].argmax(-1)

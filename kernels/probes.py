@@ -5,6 +5,8 @@ queries alone mislead where they are text and the prompt is video. Some queries 
 no say, measures.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.scene import Pair, Rows, Scene, scattered
-from mmcompile.kernels.scores import sample_slots
+from mmcompile.kernels.scores import SAMPLES, sample_slots
 from mmcompile.kernels.single_keys import Columns
+from mmcompile.kernels.tile_mass import spread_out_share
 
 SPREAD = 24  # query tiles, besides those of the modalities' last queries
 MEASURING = 3 * TILE // 4  # row of a probed tile, which `scattered` moves on from tile to tile
@@ -28,24 +31,65 @@ SPREAD_OUT = 4.0  # times an even share of the attention: what a tile holds less
 
 
 class Probes(NamedTuple):
-    """Sampled queries of some plan rows."""
+    """Sampled queries of some plan rows, in T probed tiles."""
 
-    choosing: tuple[Tensor, ...]  # slots int64 [N, T], some of each probed tile
-    measuring: Tensor  # slots int64 [N, T]
+    slots: Tensor  # int64 [N, SAMPLES + 1, T]: some that choose, and last one that measures
     weight: Tensor  # float [N, T], 0 for the tile of a modality that the prompt has not
 
     @classmethod
     def of(cls, rows: Rows) -> "Probes":
         scene = rows.scene
-        spread = _spread(SPREAD, scene.query_tiles, rows.choice.device).expand(scene.batch, -1)
+        weight = scene.once("probe weights", None, lambda: _probe_weights(scene))
+        return cls(
+            rows.of_query_orders(scene.once("probe slots", None, lambda: _probe_slots(scene))),
+            weight.repeat_interleave(len(rows.heads), 0),
+        )
 
-        def tiles(query: int) -> Tensor:
-            return scene.once("probed tiles", query, lambda: torch.cat([spread, scene.last_tiles(query)], 1))
+    @property
+    def choosing(self) -> Tensor:
+        """int64 [N, SAMPLES * T]"""
+        return self.slots[:, :SAMPLES].flatten(1)
 
-        tile = rows.of_pairs([tiles(query) for query, _ in rows.pairs])
-        weight = torch.cat([torch.ones_like(spread), scene.last_queries() >= 0], 1).float()
-        measuring = scattered(tile, MEASURING).clamp(max=scene.query_modality.shape[1] - 1)
-        return cls(sample_slots(rows, tile), measuring, weight.repeat_interleave(len(rows.heads), 0))
+    @property
+    def measuring(self) -> Tensor:
+        """int64 [N, T]"""
+        return self.slots[:, SAMPLES]
+
+
+def _probe_slots(scene: Scene) -> Tensor:
+    """Of each query order, int64 [B, Oq, SAMPLES + 1, T]."""
+    last = scene.last_tiles()
+    spread = _spread(SPREAD, scene.query_tiles, last.device).expand(*last.shape[:2], -1)
+    of_tile = _slots_of_tiles(scene.query_tiles, scene.query_modality.shape[1], last.device)
+    return of_tile[:, torch.cat([spread, last], 2)].permute(1, 2, 0, 3).contiguous()
+
+
+def _probe_weights(scene: Scene) -> Tensor:
+    """float [B, T]"""
+    has = (scene.last_queries() >= 0).float()
+    return torch.nn.functional.pad(has, (SPREAD, 0), value=1.0)
+
+
+# Kept, because they depend on lengths alone.
+@lru_cache(maxsize=64)
+def _slots_of_tiles(query_tiles: int, length: int, device: torch.device) -> Tensor:
+    """The slots of a probe in each tile, int64 [SAMPLES + 1, nQ]."""
+    measuring = scattered(torch.arange(query_tiles, device=device), MEASURING).clamp_(max=length - 1)
+    return torch.cat([sample_slots(query_tiles, length, device), measuring.unsqueeze(0)])
+
+
+@lru_cache(maxsize=64)
+def _spread(count: int, tiles: int, device: torch.device) -> Tensor:
+    """`count` of some tiles, spread evenly up to the last one, int64 [count]."""
+    return (torch.arange(1, count + 1, device=device) * tiles // count - 1).clamp_(min=0)
+
+
+@lru_cache(maxsize=64)
+def _searched_slots(query_tiles: int, length: int, device: torch.device) -> Tensor:
+    """Two neighbours of each query tile in which horizontal lines are looked for, int64 [2 * SEARCHED]: one query alone
+    may be an exception."""
+    middle = _spread(SEARCHED, query_tiles, device) * TILE + TILE // 2
+    return torch.cat([middle - 1, middle]).clamp_(max=length - 1)
 
 
 class Measured(NamedTuple):
@@ -88,6 +132,11 @@ class Sighting(NamedTuple):
     measured: Measured
     columns: Columns | None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Sighting":
+        """With each tensor changed."""
+        columns = None if self.columns is None else Columns(*map(change, self.columns))
+        return Sighting(Measured(*map(change, self.measured)), columns)
+
 
 def look(rows: Rows, columns: int, density: float | None) -> tuple[Sighting, Tensor]:
     """Probe: find up to `columns` single keys, and what some queries of each probed tile attend to.
@@ -95,21 +144,19 @@ def look(rows: Rows, columns: int, density: float | None) -> tuple[Sighting, Ten
     Keys that become columns need no tiles in any order. density: share of the causal tiles that may be computed. The
     second result is by tile, outside columns: float [N, T, nK].
     """
-    scene = rows.scene
     probes = Probes.of(rows)
-    slot = torch.cat([*probes.choosing, probes.measuring], -1)
-    samples = len(probes.choosing)
-    choosing = samples * probes.weight.shape[1]
+    slot = probes.slots.flatten(1)
+    choosing = SAMPLES * probes.weight.shape[1]
     mass, every = rows.tile_mass(slot)
     picked: Columns | None = None
     outside = torch.zeros_like(every)
     if columns:
-        total = every[:, :choosing].unflatten(1, (samples, -1)).masked_fill(probes.weight.unsqueeze(1) == 0, NONE)
-        weight = _agreed_weight(rows, slot[:, :choosing].unflatten(1, (samples, -1)), total)
+        total = every[:, :choosing].unflatten(1, (SAMPLES, -1)).masked_fill(probes.weight.unsqueeze(1) == 0, NONE)
+        weight = _agreed_weight(rows, probes.slots[:, :SAMPLES], total)
         picked = _hot_columns(rows, weight, columns, density)
         mass, total = rows.tile_mass(slot, picked.cold)
         outside = _outside(total, every)
-    chooses, tried = mass[:, :choosing].unflatten(1, (samples, -1)).sum(1), mass[:, choosing:]
+    chooses, tried = mass[:, :choosing].unflatten(1, (SAMPLES, -1)).sum(1), mass[:, choosing:]
     weight = probes.weight * (every[:, choosing:] > NONE)
     return Sighting(Measured(probes.measuring, tried, outside[:, choosing:], weight), picked), chooses
 
@@ -134,21 +181,18 @@ def choose_orders(
     held[:, 0] += RASTER_LEAD
     for index, site in enumerate(by_site):
         if site:
-            row = torch.arange(each.rows, device=pair.device).unflatten(0, shape)[:, index]
-            one = Rows(scene, heads, pairs[index : index + 1], (True,), torch.zeros_like(row))
-            held[:, index] += _horizontal_lines(one, _of_rows(seen, row), density).view_as(row)
+            first = torch.zeros(scene.batch, len(heads), dtype=torch.int64, device=pair.device)
+            one = Rows(scene, heads, pairs[index : index + 1], (True,), first)
+            held[:, index] += _horizontal_lines(one, _of_pair(seen, shape, index), density).view_as(first)
     choice = held.argmax(1)  # [B, heads]
-    batch = torch.arange(scene.batch, device=choice.device).unsqueeze(1)
-    row = (batch * len(pairs) + choice) * len(heads) + torch.arange(len(heads), device=choice.device)
-    return Rows(scene, heads, pairs, by_site, choice), _of_rows(seen, row)
+    rows = Rows(scene, heads, pairs, by_site, choice)
+    row = rows.pair * len(heads) + torch.arange(len(heads), device=pair.device).repeat(scene.batch)
+    return rows, seen.each(lambda of: of.index_select(0, row))
 
 
-def _of_rows(seen: Sighting, row: Tensor) -> Sighting:
-    """What was seen of some rows. row: int64, any shape."""
-    measured = Measured(*(of_row[row.flatten()] for of_row in seen.measured))
-    if seen.columns is None:
-        return Sighting(measured, None)
-    return Sighting(measured, Columns(*(of_row[row.flatten()] for of_row in seen.columns)))
+def _of_pair(seen: Sighting, shape: tuple[int, int, int], index: int) -> Sighting:
+    """What was seen in one of the pairs of orders. shape: batch rows, pairs, heads."""
+    return seen.each(lambda of_row: of_row.unflatten(0, shape)[:, index].flatten(0, 1))
 
 
 def _agreed(measured: Measured, chooses: Tensor, density: float | None) -> Tensor:
@@ -171,17 +215,15 @@ def _horizontal_lines(rows: Rows, seen: Sighting, density: float | None) -> Tens
     They are few, so that the other probes seldom meet one; and no other order makes them few.
     """
     scene, (measured, columns) = rows.scene, seen
-    middle = _spread(SEARCHED, scene.query_tiles, rows.choice.device) * TILE + TILE // 2
-    # Two neighbours: one query alone may be an exception.
-    slot = torch.cat([middle - 1, middle]).clamp(max=scene.query_modality.shape[1] - 1).expand(rows.rows, -1)
-    mass, total = rows.tile_mass(slot, None if columns is None else columns.cold)
-    even = SPREAD_OUT / (mass > 0).sum(-1, keepdim=True).clamp(min=1)
-    spread_out = (mass * (mass < even)).sum(-1)
-    if columns is not None:
+    slot = _searched_slots(scene.query_tiles, scene.query_modality.shape[1], rows.choice.device).expand(rows.rows, -1)
+    log_mass = rows.tile_log_mass(slot, None if columns is None else columns.cold)
+    if columns is None:
+        in_columns = log_mass.new_full(slot.shape, NONE)
+    else:
         in_columns = rows.slots_log_mass(slot, columns.slots, columns.listed)
-        spread_out *= torch.sigmoid(total - in_columns).nan_to_num_(0.0)
+    spread_out = spread_out_share(log_mass, in_columns, SPREAD_OUT)
     # Text has no site.
-    site = rows.at([scene.arrangement.query_site[:, query] for query, _ in rows.pairs], slot)
+    site = rows.at_queries(scene.arrangement.query_site, slot)
     spread_out = (spread_out * (site >= 0)).unflatten(1, (2, -1)).amin(1)
     horizontal = spread_out > HORIZONTAL
     # Where many queries spread out half as much, this order is the wrong one for what they look at.
@@ -199,9 +241,9 @@ def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor) -> Tensor:
     """
     scene = rows.scene
     slot, total = (of.unflatten(2, (-1, 2)).permute(0, 3, 1, 2).flatten(1) for of in (slot, total))  # halves
-    position = rows.at([scene.arrangement.query_tags[:, query, 0] for query, _ in rows.pairs], slot)
+    position = rows.at_queries(scene.arrangement.query_tags[:, :, 0], slot)
     last = position.masked_fill_(total == NONE, -1).unflatten(1, (2, -1)).amax(-1)
-    both_see = rows.of_pairs([scene.arrangement.key_tags[:, key, 0] for _, key in rows.pairs]) <= last.amin(1, True)
+    both_see = rows.of_key_orders(scene.arrangement.key_tags[:, :, 0]) <= last.amin(1, True)
     least, most = rows.key_mass(slot, total, NEAR_TILES, groups=2).aminmax(dim=1)
     return torch.where(both_see, least, most)
 
@@ -218,11 +260,6 @@ def _hot_columns(rows: Rows, weight: Tensor, most: int, density: float | None) -
     share = max(0.0, min(share / 2, share - 4 / rows.scene.key_tiles))
     affordable = torch.arange(best.values.shape[-1], device=weight.device) < share * keys
     return Columns.of(rows, best.indices, (best.values * keys > HOT) & affordable)
-
-
-def _spread(count: int, tiles: int, device: torch.device) -> Tensor:
-    """`count` of some tiles, spread evenly up to the last one, int64 [count]."""
-    return (torch.arange(1, count + 1, device=device) * tiles // count - 1).clamp_(min=0)
 
 
 def _outside(total: Tensor, every: Tensor) -> Tensor:

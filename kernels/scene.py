@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,9 +53,13 @@ class Scene:
     def key_tiles(self) -> int:
         return tile_count(self.arrangement.key_order.shape[2])
 
+    def key_slots(self) -> Tensor:
+        """int32 [B, Ok, Sk], position -> slot of each key order."""
+        return self.once("key slots", None, lambda: slots(self.arrangement.key_order))
+
     def key_slot(self, row: int) -> Tensor:
         """int32 [B, Sk], position -> slot of a key order."""
-        return self.once("key slot", row, lambda: slots(self.arrangement.key_order[:, row]))
+        return self.key_slots()[:, row]
 
     def own_slot(self, pair: Pair) -> Tensor:
         """The key slot of each query slot's own token, int64 [B, Sq]; of the nearest key where it has none."""
@@ -64,11 +69,16 @@ class Scene:
         """The last query of each modality, int64 [B, MODALITIES]; -1 for a modality that is absent."""
         return self.once("last queries", None, self._last_queries)
 
-    def last_tiles(self, query_order: int) -> Tensor:
-        """The query tiles, in an order, of the last query of each modality, int64 [B, MODALITIES]; any tile for a
+    def last_tiles(self) -> Tensor:
+        """The query tiles, in each order, of the last query of each modality, int64 [B, Oq, MODALITIES]; any tile for a
         modality that is absent."""
-        slot = slots(self.arrangement.query_order[:, query_order])
-        return slot.gather(-1, self.last_queries().clamp(min=0)).long() // TILE
+        last = self.last_queries().view(self.batch, 1, -1, 1)
+        return (self.arrangement.query_order.unsqueeze(2) == last).byte().argmax(-1) // TILE
+
+    def last_positions(self) -> Tensor:
+        """The greatest position of each query tile in each order, int32 [B, Oq, nQ]."""
+        tags = self.arrangement.query_tags
+        return self.once("last positions", None, lambda: by_tile(tags[:, :, 0], -1).amax(-1))
 
     def key_bounds(self) -> Tensor:
         """Of `SampledRows`."""
@@ -90,7 +100,8 @@ class Scene:
         return self.made[what, of]
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rows:
     """The plan rows of some heads that share a pattern: N = B * heads, the heads of one batch row together."""
 
     scene: Scene
@@ -104,40 +115,69 @@ class Rows(NamedTuple):
         """N."""
         return self.scene.batch * len(self.heads)
 
-    @property
+    @cached_property
     def query_row(self) -> Tensor:
-        return self._of_choice([query for query, _ in self.pairs])
+        """int32 [B, heads], the query order of each."""
+        return head_indices(tuple(query for query, _ in self.pairs), self.choice.device)[self.choice]
 
-    @property
+    @cached_property
     def key_row(self) -> Tensor:
-        return self._of_choice([key for _, key in self.pairs])
+        """int32 [B, heads], the key order of each."""
+        return head_indices(tuple(key for _, key in self.pairs), self.choice.device)[self.choice]
 
-    @property
+    @cached_property
     def pair(self) -> Tensor:
         """int64 [N], index into the pairs of all batch rows, [B * pairs]."""
-        first = torch.arange(self.scene.batch, device=self.choice.device).unsqueeze(1) * len(self.pairs)
-        return (first + self.choice).flatten()
+        return (self._batch * len(self.pairs) + self.choice).flatten()
+
+    @cached_property
+    def _batch(self) -> Tensor:
+        """int64 [B, 1]"""
+        return torch.arange(self.scene.batch, device=self.choice.device).unsqueeze(1)
+
+    @cached_property
+    def _query_order(self) -> tuple[Tensor, Tensor]:
+        """Index of each row into what is known of each query order, [B, Oq, ...]."""
+        return self._batch, self.query_row.long()
+
+    @cached_property
+    def _key_order(self) -> tuple[Tensor, Tensor]:
+        """Index of each row into what is known of each key order, [B, Ok, ...]."""
+        return self._batch, self.key_row.long()
 
     def of_pairs(self, of_pair: Sequence[Tensor]) -> Tensor:
         """What is known of each pair, [B, ...] each, for the rows: [N, ...]."""
         return each_pair(of_pair).index_select(0, self.pair)
 
-    def at(self, of_pair: Sequence[Tensor], slot: Tensor) -> Tensor:
-        """What is known of each pair, [B, S] each, in some slots of the rows. slot: int64 [N, R]. Returns [N, R]."""
-        return each_pair(of_pair)[self.pair.unsqueeze(1), slot]
+    def of_query_orders(self, of_order: Tensor) -> Tensor:
+        """What is known of each query order, [B, Oq, ...], for the rows: [N, ...]."""
+        return of_order[self._query_order].flatten(0, 1)
+
+    def of_key_orders(self, of_order: Tensor) -> Tensor:
+        """What is known of each key order, [B, Ok, ...], for the rows: [N, ...]."""
+        return of_order[self._key_order].flatten(0, 1)
+
+    def at_queries(self, of_order: Tensor, slot: Tensor) -> Tensor:
+        """What is known of the slots of each query order, [B, Oq, Sq], in slots int64 [N, R] of the rows: [N, R]."""
+        batch, order = self._query_order
+        return of_order[batch.unsqueeze(2), order.unsqueeze(2), self._by_head(slot)].flatten(0, 1)
+
+    def at_keys(self, of_order: Tensor, slot: Tensor) -> Tensor:
+        """What is known of the slots of each key order, [B, Ok, Sk], in slots int64 [N, R] of the rows: [N, R]."""
+        batch, order = self._key_order
+        return of_order[batch.unsqueeze(2), order.unsqueeze(2), self._by_head(slot)].flatten(0, 1)
 
     def last_positions(self) -> Tensor:
         """The greatest position of each query tile, int32 [N, nQ]."""
-        tags = self.scene.arrangement.query_tags
-        return self.of_pairs([by_tile(tags[:, query, 0], -1).amax(-1) for query, _ in self.pairs])
-
-    def own_slots(self) -> Tensor:
-        """int64 [N, Sq]."""
-        return self.of_pairs([self.scene.own_slot(pair) for pair in self.pairs])
+        return self.of_query_orders(self.scene.last_positions())
 
     def own_tiles(self, slot: Tensor) -> Tensor:
-        """The key tile of each sampled query's own token. slot: int64 [N, R]. Returns int32 [N, R]."""
-        return (self.at([self.scene.own_slot(pair) for pair in self.pairs], slot) // TILE).int()
+        """The key tile of each sampled query's own token, or of the nearest key where it has none.
+
+        slot: int64 [N, R]. Returns int32 [N, R].
+        """
+        position = self.at_queries(self.scene.arrangement.query_tags[:, :, 0], slot).long()
+        return self.at_keys(self.scene.key_slots(), position.clamp(0, self.scene.key_tags.shape[-1] - 1)) // TILE
 
     def tile_mass(self, slot: Tensor, cold: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Softmax of sampled queries by key tile. slot: int64 [N, R], query slots. cold: bool [N, Sk].
@@ -171,8 +211,7 @@ class Rows(NamedTuple):
     def of_copies(self, of_copy: Tensor) -> Tensor:
         """What is known of each key copy, [B, C, ...], for the rows: [N, ...]."""
         copy = head_indices(self.first_copies, self.choice.device) + self.key_row  # [B, heads]
-        batch = torch.arange(self.scene.batch, device=copy.device).unsqueeze(1)
-        return of_copy[batch, copy.long()].flatten(0, 1)
+        return of_copy[self._batch, copy.long()].flatten(0, 1)
 
     def keys(self) -> Tensor:
         """The keys of each row, [N, Sk, D]: a copy, for estimates that need every key by itself."""
@@ -183,26 +222,17 @@ class Rows(NamedTuple):
         """Queries in slots. slot: int64 [N, R]. Returns [N, R, D]."""
         scene = self.scene
         assert scene.query is not None
-        order = self.of_pairs([scene.arrangement.query_order[:, query] for query, _ in self.pairs])
-        token = order.gather(-1, slot).unflatten(0, (scene.batch, -1)).long()  # [B, heads, R]
-        batch = torch.arange(scene.batch, device=token.device).view(-1, 1, 1)
+        token = self._by_head(self.at_queries(scene.arrangement.query_order, slot)).long()  # [B, heads, R]
         head = head_indices(self.heads, token.device).long().view(1, -1, 1)
-        return scene.query[batch, head, token].flatten(0, 1)
+        return scene.query[self._batch.unsqueeze(2), head, token].flatten(0, 1)
 
-    @property
+    @cached_property
     def first_copies(self) -> tuple[int, ...]:
         scene = self.scene
         assert scene.query is not None and scene.key is not None
         orders = scene.arrangement.key_order.shape[1]
         group = scene.query.shape[1] // (scene.key.shape[1] // orders)
         return tuple(head // group * orders for head in self.heads)
-
-    def _of_choice(self, rows: list[int]) -> Tensor:
-        """int32 [B, heads]."""
-        result = torch.full_like(self.choice, rows[0], dtype=torch.int32)
-        for index, row in enumerate(rows[1:], 1):
-            result.masked_fill_(self.choice == index, row)
-        return result
 
     def _sampled(self, slot: Tensor) -> SampledRows:
         scene = self.scene
@@ -214,7 +244,7 @@ class Rows(NamedTuple):
             scene.arrangement.query_tags,
             scene.arrangement.key_tags,
             scene.key_bounds(),
-            self._by_head(slot.int()),
+            self._by_head(slot),
             self.query_row,
             self.key_row,
             self.heads,

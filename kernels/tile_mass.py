@@ -36,7 +36,7 @@ class SampledRows(NamedTuple):
     query_tags: Tensor  # int32 [B, Oq, 3, Sq] in slot order
     key_tags: Tensor  # int32 [B, Ok, 3, Sk] in slot order
     key_bounds: Tensor  # int32 [B, Ok, 3, nK], of `key_bounds`
-    slots: Tensor  # int32 [B, P, R], query slots in order `query_row[b, p]`; they may repeat
+    slots: Tensor  # int64 [B, P, R], query slots in order `query_row[b, p]`; they may repeat
     query_row: Tensor  # int32 [B, P], the query order of each row
     key_row: Tensor  # int32 [B, P], the key order: the row reads key copy `key_head[p] + key_row[b, p]`
     heads: tuple[int, ...]  # the query head of each row
@@ -59,7 +59,7 @@ class SampledRows(NamedTuple):
     def queries(self) -> tuple[Tensor, Tensor]:
         """The sampled queries, [B, P, R, D], and their tags, int32 [B, P, 3, R]."""
         batch = torch.arange(self.query.shape[0], device=self.query.device).view(-1, 1, 1)
-        order, slot = self.query_row.long().unsqueeze(2), self.slots.long()  # [B, P, 1], [B, P, R]
+        order, slot = self.query_row.long().unsqueeze(2), self.slots  # [B, P, 1], [B, P, R]
         head = head_indices(self.heads, self.query.device).long().view(1, -1, 1)
         token = self.query_order[batch, order, slot].long()
         tag = torch.arange(3, device=self.query.device).view(1, 1, 3, 1)
@@ -67,10 +67,10 @@ class SampledRows(NamedTuple):
         return self.query[batch, head, token], tags
 
     def walk(self) -> Tensor:
-        """The samples of each row by position, int32 [B, P, R]: neighbours see much the same keys."""
+        """The samples of each row by position, int64 [B, P, R]: neighbours see much the same keys."""
         batch = torch.arange(self.query.shape[0], device=self.query.device).view(-1, 1, 1)
-        position = self.query_tags[batch, self.query_row.long().unsqueeze(2), 0, self.slots.long()]
-        return position.argsort(-1).int()
+        position = self.query_tags[batch, self.query_row.long().unsqueeze(2), 0, self.slots]
+        return position.argsort(-1)
 
 
 def key_bounds(key_tags: Tensor) -> Tensor:
@@ -155,6 +155,18 @@ def mean_shares(log_mass: Tensor, of_columns: Tensor, samples: int) -> tuple[Ten
     return mean_shares_cpu(log_mass, of_columns, samples)
 
 
+def spread_out_share(log_mass: Tensor, of_columns: Tensor, times: float) -> Tensor:
+    """Share of each sample's attention that lies in tiles with less than `times` an even share of what tiles hold.
+
+    log_mass, of_columns: as of `mean_shares`. Returns float32 [N, R].
+    """
+    if log_mass.device.type == "cuda":
+        from mmcompile.kernels import tile_shares_kernel
+
+        return tile_shares_kernel.spread_out_share(log_mass, of_columns, times)
+    return spread_out_share_cpu(log_mass, of_columns, times)
+
+
 def tile_shares_cpu(log_mass: Tensor) -> tuple[Tensor, Tensor]:
     """`tile_shares` in torch operations."""
     total = torch.logsumexp(log_mass, -1)
@@ -230,6 +242,13 @@ def column_mass_cpu(sampled: SampledRows, log_total: Tensor, own_tile: Tensor, s
 
 def _runs(length: int, count: int) -> list[slice]:
     return [slice(i * (length // count), (i + 1) * (length // count)) for i in range(count)]
+
+
+def spread_out_share_cpu(log_mass: Tensor, of_columns: Tensor, times: float) -> Tensor:
+    """`spread_out_share` in torch operations."""
+    shares, total = tile_shares_cpu(log_mass)
+    even = times / (shares > 0).sum(-1, keepdim=True).clamp(min=1)
+    return (shares * (shares < even)).sum(-1) * torch.sigmoid(total - of_columns).nan_to_num_(0.0)
 
 
 class _Block(NamedTuple):

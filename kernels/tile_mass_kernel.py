@@ -371,7 +371,9 @@ def slots_log_mass(sampled: SampledRows, key_slots: Tensor, listed: Tensor, conf
 
 def _bias(cold: Tensor, descriptor_rows: int | None) -> Tensor | TensorDescriptor:
     """What is added to the scores of the keys of whole tiles: 0, or -inf where they count for nothing."""
-    bias = pad(cold.flatten(0, 1), (0, -cold.shape[2] % TILE), value=True).log()  # float32 [B * P, nK * TILE]
+    missing = -cold.shape[2] % TILE
+    cold = cold.flatten(0, 1)
+    bias = (pad(cold, (0, missing), value=True) if missing else cold.contiguous()).log()  # float32 [B * P, nK * TILE]
     return bias if descriptor_rows is None else TensorDescriptor.from_tensor(bias, [1, descriptor_rows])
 
 

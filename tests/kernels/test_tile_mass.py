@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -64,7 +65,7 @@ class MassCase:
         query_order, query_tags = self._in_orders(self._tags(self.query_length, self.query_offset), self.query_orders)
         _, key_tags = self._in_orders(self._key_tags(), self.key_orders)
         key_row = torch.randint(self.key_orders, (self.batch, self.rows), dtype=torch.int32)
-        slots = torch.randint(self.query_length, (self.batch, self.rows, self.samples), dtype=torch.int32)
+        slots = torch.randint(self.query_length, (self.batch, self.rows, self.samples))
         arguments = {
             "query": query.to(dtype),
             "key": key.to(dtype),
@@ -305,7 +306,7 @@ def test_rows_without_a_key():
     """The three first queries lie before every key."""
     case = MassCase(query_offset=-3, samples=200, ascending=True, rows=1)
     arguments = case.arguments()
-    arguments["slots"] = torch.arange(200, dtype=torch.int32).view(1, 1, -1)
+    arguments["slots"] = torch.arange(200).view(1, 1, -1)
     arguments["query"] = torch.randn(1, 2, 200, 32)
     log_mass = tile_mass.tile_log_mass(sampled_rows(arguments))
     assert (log_mass[:, :, :3] == MINUS_INFINITY).all()
@@ -353,10 +354,12 @@ def test_nothing_sampled(empty):
     assert torch.equal(columns, torch.zeros(2, case.rows, 1, 330))
 
 
-def launch_shape(width: int, dtype: torch.dtype, large: bool, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """What the kernels choose on a device with much shared memory, or little."""
+def launch_shape(
+    choose: Callable[[Tensor], Config], width: int, dtype: torch.dtype, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> Config:
+    """What a kernel chooses on a device with much shared memory, or little."""
     monkeypatch.setattr(attention_config, "_large_shared_memory", lambda device: large)
-    return tile_mass_kernel.launch_config(torch.empty(1, 1, 1, width, dtype=dtype))
+    return choose(torch.empty(1, 1, 1, width, dtype=dtype))
 
 
 CONFIGS = [Config(128, 128, 4, 1), Config(64, 64, 4, 1), Config(128, 32, 4, 1), Config(16, 32, 4, 1)]
@@ -376,7 +379,7 @@ def test_kernels_on_every_part_of_the_mask(mask, programs, monkeypatch):
 @pytest.mark.parametrize("width", [32, 80, 128, 256])
 def test_kernels_in_every_launch_shape(width, dtype, large, monkeypatch):
     case = MassCase(query_length=100, key_length=150, query_offset=50, width=width)
-    check(case, dtype, launch_shape(width, dtype, large, monkeypatch))
+    check(case, dtype, launch_shape(tile_mass_kernel.launch_config, width, dtype, large, monkeypatch))
 
 
 @pytest.mark.interpreter
@@ -408,7 +411,48 @@ def test_kernels_read_any_strides():
     assert torch.equal(strided, expected)
 
 
-INTEGERS = ("query_tags", "key_tags", "key_row", "key_head", "own_tile")
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mask", ["causal", "cold", "everything"])
+def test_kernels_load_keys_through_descriptors(mask, monkeypatch):
+    for module in (tile_mass_kernel, column_mass_kernel):
+        monkeypatch.setattr(module, "takes_descriptors", lambda key: True)
+    check(MASKS[mask], torch.float16, CONFIGS[1])
+
+
+def log_masses(seed: int, samples: int = 1, tiles: int = 7, key_tiles: int = 1100) -> tuple[Tensor, Tensor]:
+    """As the kernels leave them: some samples see no tile, some no column, some neither."""
+    torch.manual_seed(seed)
+    log_mass = torch.randn(3, samples * tiles, key_tiles) * 20
+    log_mass.masked_fill_(torch.rand(log_mass.shape) < 0.3, MINUS_INFINITY)
+    log_mass[:, ::3] = MINUS_INFINITY
+    of_columns = torch.randn(3, samples * tiles) * 20
+    return log_mass, of_columns.masked_fill_(torch.rand(of_columns.shape) < 0.4, MINUS_INFINITY)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("key_tiles", [1, 5, 128, 1100])
+def test_kernels_of_shares(key_tiles):
+    log_mass, of_columns = log_masses(key_tiles, 3, key_tiles=key_tiles)
+    pairs = [
+        (tile_shares_kernel.tile_shares(log_mass), tile_mass.tile_shares_cpu(log_mass)),
+        (tile_shares_kernel.mean_shares(log_mass, of_columns, 3), tile_mass.mean_shares_cpu(log_mass, of_columns, 3)),
+    ]
+    for found, expected in pairs:
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, **EXACT)
+    found = tile_shares_kernel.spread_out_share(log_mass, of_columns, 4.0)
+    torch.testing.assert_close(found, tile_mass.spread_out_share_cpu(log_mass, of_columns, 4.0), **EXACT)
+
+
+def test_shares_of_tiles_and_columns_add_up_to_one():
+    log_mass, of_columns = log_masses(0, 3)
+    shares, held = tile_mass.mean_shares(log_mass, of_columns, 3)
+    sees = ((log_mass > MINUS_INFINITY).any(2) | (of_columns > MINUS_INFINITY)).unflatten(1, (3, -1)).float().mean(1)
+    torch.testing.assert_close(shares.sum(2) + held, sees)
+
+
+INTEGERS = ("query_order", "query_tags", "key_tags", "query_row", "key_row", "head", "key_head", "bounds", "own_tile")
+LISTS = ("key_slots", "listed")
 FLOATS = ("output", "log_total")
 
 
@@ -416,20 +460,27 @@ def compiled(kernel, width: int, dtype: str, config: Config, capability: int):
     """The kernel as its launch specialises it for aligned, contiguous inputs and a causal mask."""
     padded = padded_head_dim(width)
     constants = {"D": width, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded, "TILE": TILE}
-    constants |= {"RUN": tile_mass_kernel.RUN, "COLD": True, "WINDOW": False, "SEGMENTS": False, "SPANS": False}
+    constants |= {"RUN": tile_mass_kernel.RUN, "COLD": True, "WALK": True, "ONE_BLOCK": True}
+    constants |= {"WINDOW": False, "SEGMENTS": False, "SPANS": False}
+    constants["DESCRIPTOR"] = descriptor = capability == 90 and dtype != "fp32"
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    rows = config.block_m if "own_tile" in kernel.arg_names else config.block_n
+    descriptors = {"key": f"tensordesc<{dtype}[1, 1, {rows}, {padded}]>", "bias": f"tensordesc<fp32[1, {rows}]>"}
+    pointers = dict.fromkeys(("query", "key"), dtype) | dict.fromkeys((*FLOATS, "bias"), "fp32")
+    pointers |= dict.fromkeys((*INTEGERS, *LISTS), "i32") | dict.fromkeys(("slots", "walk"), "i64")
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("query", "key", "cold", *INTEGERS, *FLOATS):
-            element = "i32" if name in INTEGERS else "fp32" if name in FLOATS else "u8" if name == "cold" else dtype
-            signature[name] = f"*{element}"
+        elif name in descriptors and descriptor and "DESCRIPTOR" in constants:
+            signature[name] = descriptors[name]
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale_log2" else "i32"
             if name.endswith("stride"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -448,7 +499,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes the compiler's place")
-@pytest.mark.parametrize("name", ["_tile_log_mass_kernel", "_column_mass_kernel"])
+@pytest.mark.parametrize("name", ["tile_log_mass", "slots_log_mass", "column_mass"])
 @pytest.mark.parametrize(
     ("width", "dtype", "capability", "instruction"),
     [
@@ -462,8 +513,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     ],
 )
 def test_kernels_compile_without_spilling(name, width, dtype, capability, instruction, tmp_path, monkeypatch):
-    config = launch_shape(width, DTYPES[dtype], capability == 90, monkeypatch)
-    kernel = compiled(getattr(tile_mass_kernel, name), width, dtype, config, capability)
+    shape = {"tile_log_mass": "launch_config", "slots_log_mass": "gather_config", "column_mass": "column_config"}[name]
+    module = column_mass_kernel if name == "column_mass" else tile_mass_kernel
+    config = launch_shape(getattr(module, shape), width, DTYPES[dtype], capability == 90, monkeypatch)
+    kernel = compiled(getattr(module, f"_{name}_kernel"), width, dtype, config, capability)
     assert instruction in kernel.asm["ptx"]
     assert kernel.metadata.shared <= (227 if capability == 90 else 64) * 1024
     assert stack_bytes(kernel, tmp_path) <= 64
