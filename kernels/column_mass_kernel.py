@@ -19,6 +19,7 @@ from mmcompile.kernels.sample_mask import (
     classify_tiles,
     element_allowed,
     load_keys,
+    load_mask_tags,
     load_tags,
     lowest_bit,
 )
@@ -63,6 +64,7 @@ def _column_mass_kernel(
     key_row,
     head,
     key_head,
+    key_positions,
     bounds,
     log_total,
     own_tile,
@@ -115,6 +117,7 @@ def _column_mass_kernel(
     query_order += query_order_row * query_length
     query_tags += query_order_row * 3 * query_length
     key_tags += key_order_row * 3 * key_length
+    key_positions += key_order_row * key_tiles * TILE
     of_group = samples // groups
     slots += row * samples + group * of_group
     log_total += row * samples + group * of_group
@@ -138,7 +141,7 @@ def _column_mass_kernel(
         q_last = tl.maximum(q_last, tl.max(position))
         is_close = (tile[None, :] > own[:, None] - skip_tiles) & (tile[None, :] <= own[:, None])
         close = tl.maximum(close, tl.max(is_close.to(tl.int32), 0))
-    may, whole = classify_tiles(
+    may, _ = classify_tiles(
         bounds + key_order_row * 3 * key_tiles,
         tile,
         inside,
@@ -155,13 +158,25 @@ def _column_mass_kernel(
     tl.store(output + of_run, tl.zeros([RUN, TILE], tl.float32), mask=unseen)
 
     todo = as_bits(may, index)
-    compared = as_bits(may & ((close > 0) | ~whole), index)
+    near = as_bits(close > 0, index)
     sample = tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M], tl.float32)
     count = tl.zeros([BLOCK_M], tl.float32)
     if ONE_BLOCK:
-        q, shift, counting = _load_counted(
-            query, query_order, slots, log_total, sample, of_group, query_row_stride, D, BLOCK_D
+        q, shift, q_position, q_segment, q_span = _load_counted(
+            query,
+            query_order,
+            query_tags,
+            slots,
+            log_total,
+            sample,
+            of_group,
+            query_row_stride,
+            query_length,
+            D,
+            BLOCK_D,
+            SEGMENTS,
+            SPANS,
         )
     SPLIT: tl.constexpr = TILE // BLOCK_M
     for step in range(tl.sum(may.to(tl.int32)) * SPLIT * blocks):
@@ -169,49 +184,53 @@ def _column_mass_kernel(
         block = step % blocks
         part = step // blocks % SPLIT
         start = (first_tile + next_tile) * TILE + part * BLOCK_M
+        slot = start + tl.arange(0, BLOCK_M)
+        k_position = tl.load(key_positions + slot)
+        k_segment, k_span = load_mask_tags(key_tags, k_position, slot, slot < key_length, key_length, SEGMENTS, SPANS)
         k = load_keys(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
         if not ONE_BLOCK:
             sample = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            q, shift, counting = _load_counted(
-                query, query_order, slots, log_total, sample, of_group, query_row_stride, D, BLOCK_D
+            q, shift, q_position, q_segment, q_span = _load_counted(
+                query,
+                query_order,
+                query_tags,
+                slots,
+                log_total,
+                sample,
+                of_group,
+                query_row_stride,
+                query_length,
+                D,
+                BLOCK_D,
+                SEGMENTS,
+                SPANS,
             )
         # Keys are the rows of the product, so that a key's sum over samples stays within a warp.
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        seen = tl.zeros([BLOCK_M], tl.float32) + counting
-        slot = start + tl.arange(0, BLOCK_M)
-        if (compared & bit) != 0:
-            # Loaded anew for each such tile: they are few, and registers are fewer.
-            counted = tl.load(log_total + sample, mask=sample < of_group, other=float("-inf")) > float("-inf")
-            own = tl.load(own_tile + sample, mask=counted, other=-1)
-            counted &= (first_tile + next_tile <= own - skip_tiles) | (first_tile + next_tile > own)
-            q_position, q_segment, q_span = load_tags(
-                query_tags,
-                tl.load(slots + sample, mask=counted, other=0),
-                counted,
-                query_length,
-                -1,
-                SEGMENTS,
-                SPANS,
-            )
-            k_position, k_segment, k_span = load_tags(
-                key_tags, slot, slot < key_length, key_length, 2147483647, SEGMENTS, SPANS
-            )
-            # A row that does not count sees nothing: no key lies at or before position -1.
-            allowed = element_allowed(
-                q_position[None, :],
-                q_segment[None, :],
-                q_span[None, :],
-                k_position[:, None],
-                k_segment[:, None],
-                k_span[:, None],
-                window,
-                WINDOW,
-                SEGMENTS,
-                SPANS,
-            )
-            scores = tl.where(allowed, scores, float("-inf"))
-            seen = tl.sum(allowed.to(tl.float32), 1)
-        weights = tl.sum(tl.math.exp2(tl.math.fma(scores, scale_log2, -shift[None, :])), 1)
+        # A row that does not count sees nothing: no key lies at or before position -1.
+        position = q_position
+        span = q_span
+        if (near & bit) != 0:
+            own = tl.load(own_tile + sample, mask=sample < of_group, other=-1)
+            is_far = (first_tile + next_tile <= own - skip_tiles) | (first_tile + next_tile > own)
+            position = tl.where(is_far, position, -1)
+            span = tl.where(is_far, span, -1)
+        # Samples stand all over the sequence, so that few tiles are seen by all of them, or by none.
+        allowed = element_allowed(
+            position[None, :],
+            q_segment[None, :],
+            span[None, :],
+            k_position[:, None],
+            k_segment[:, None],
+            k_span[:, None],
+            window,
+            WINDOW,
+            SEGMENTS,
+            SPANS,
+        )
+        scores = tl.where(allowed, tl.math.fma(scores, scale_log2, -shift[None, :]), float("-inf"))
+        weights = tl.sum(tl.math.exp2(scores), 1)
+        seen = tl.sum(allowed.to(tl.float32), 1)
         if ONE_BLOCK:
             tl.store(output + slot, weights / tl.maximum(seen, 1.0), mask=slot < key_length)
         else:  # what all blocks but the last leave there is not the mean yet
@@ -222,16 +241,32 @@ def _column_mass_kernel(
 
 
 @triton.jit
-def _load_counted(query, order, slots, log_total, sample, samples, row_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Query rows, [sample, BLOCK_D]; the base-2 logarithms of their totals, infinite for rows that do not count; and
-    how many count."""
+def _load_counted(
+    query,
+    order,
+    tags,
+    slots,
+    log_total,
+    sample,
+    samples,
+    row_stride,
+    length,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    """Query rows, [sample, BLOCK_D], the base-2 logarithms of their totals, and their tags. A row that does not count
+    has zeros, and tags that see nothing."""
     log2_total = tl.load(log_total + sample, mask=sample < samples, other=float("-inf")) * 1.4426950408889634
     counted = log2_total > float("-inf")
-    token = tl.load(order + tl.load(slots + sample, mask=counted, other=0), mask=counted, other=0)
+    slot = tl.load(slots + sample, mask=counted, other=0)
+    token = tl.load(order + slot, mask=counted, other=0)
     column = tl.arange(0, BLOCK_D)
     pointers = query + (token.to(tl.int64)[:, None] * row_stride + column[None, :])
     rows = tl.load(pointers, mask=counted[:, None] & (column < D)[None, :], other=0.0)
-    return rows, tl.where(counted, log2_total, float("inf")), tl.sum(counted.to(tl.float32))
+    position, segment, span = load_tags(tags, slot, counted, length, -1, SEGMENTS, SPANS)
+    return rows, tl.where(counted, log2_total, 0.0), position, segment, span
 
 
 def column_mass(
@@ -259,7 +294,7 @@ def column_mass(
             query,
             key_descriptor(key, config.block_m) if descriptor else key,
             *shared_arguments(sampled),
-            sampled.key_bounds.contiguous(),
+            *sampled.key_positions,
             log_total.contiguous(),
             own_tile.contiguous(),
             output,

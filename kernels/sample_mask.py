@@ -64,6 +64,13 @@ def load_tags(tags, slot, inside, length, ABSENT: tl.constexpr, SEGMENTS: tl.con
     Tags that the mask does not read are not loaded, and hold anything.
     """
     position = tl.load(tags + slot, mask=inside, other=ABSENT)
+    segment, span = load_mask_tags(tags, position, slot, inside, length, SEGMENTS, SPANS)
+    return position, segment, span
+
+
+@triton.jit
+def load_mask_tags(tags, position, slot, inside, length, SEGMENTS: tl.constexpr, SPANS: tl.constexpr):
+    """Segment and span of some slots."""
     segment = position
     span = position
     # Lengths are added to the pointer one by one: their sum may pass 32 bits.
@@ -71,7 +78,7 @@ def load_tags(tags, slot, inside, length, ABSENT: tl.constexpr, SEGMENTS: tl.con
         segment = tl.load(tags + length + slot, mask=inside, other=0)
     if SPANS:
         span = tl.load(tags + length + length + slot, mask=inside, other=-2)
-    return position, segment, span
+    return segment, span
 
 
 @triton.jit
@@ -113,7 +120,7 @@ def classify_tiles(
 ):
     """Which key tiles may hold an allowed element for queries between two positions, and which hold allowed ones alone.
 
-    bounds: int32 [3, key_tiles], of `SampledRows.key_bounds`.
+    bounds: int32 [3, key_tiles], of `KeyPositions`.
     """
     first = tl.load(bounds + tile, mask=inside, other=2147483647)
     last = tl.load(bounds + key_tiles + tile, mask=inside, other=-1)

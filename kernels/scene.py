@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from mmcompile.kernels.orders import slots
 from mmcompile.kernels.patterns import MODALITIES, TILE
 from mmcompile.kernels.tile_bounds import by_tile, tile_count
 from mmcompile.kernels.tile_mass import (
+    KeyPositions,
     SampledRows,
     column_mass,
-    key_bounds,
     slots_log_mass,
     tile_log_mass,
     tile_shares,
 )
 
+Made = TypeVar("Made")
 Pair = tuple[int, int]  # a row of the query orders, a row of the key orders
 
 
@@ -39,7 +40,7 @@ class Scene:
     window: int | None
     segments: bool
     spans: bool
-    made: dict[tuple[str, Any], Tensor] = field(default_factory=dict)  # what several planners ask for
+    made: dict[tuple[str, Any], Any] = field(default_factory=dict)  # what several planners ask for
 
     @property
     def batch(self) -> int:
@@ -80,9 +81,8 @@ class Scene:
         tags = self.arrangement.query_tags
         return self.once("last positions", None, lambda: by_tile(tags[:, :, 0], -1).amax(-1))
 
-    def key_bounds(self) -> Tensor:
-        """Of `SampledRows`."""
-        return self.once("key bounds", None, lambda: key_bounds(self.arrangement.key_tags))
+    def key_positions(self) -> KeyPositions:
+        return self.once("key positions", None, lambda: KeyPositions.of(self.arrangement.key_tags))
 
     def _own_slot(self, pair: Pair) -> Tensor:
         position = self.arrangement.query_tags[:, pair[0], 0].long()
@@ -93,11 +93,12 @@ class Scene:
         each = torch.arange(MODALITIES, device=token.device).view(1, -1, 1)
         return torch.where(self.query_modality.unsqueeze(1) == each, token, -1).amax(-1)
 
-    def once(self, what: str, of: Any, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, what: str, of: Any, make: Callable[[], Made]) -> Made:
         """What `make` gives, made the first time. of: what tells it from others of that name."""
         if (what, of) not in self.made:
             self.made[what, of] = make()
-        return self.made[what, of]
+        made: Made = self.made[what, of]
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +244,7 @@ class Rows:
             scene.arrangement.query_order,
             scene.arrangement.query_tags,
             scene.arrangement.key_tags,
-            scene.key_bounds(),
+            scene.key_positions(),
             self._by_head(slot),
             self.query_row,
             self.key_row,

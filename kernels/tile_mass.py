@@ -24,6 +24,20 @@ BLOCK_TILES = 16
 MINUS_INFINITY = float("-inf")
 
 
+class KeyPositions(NamedTuple):
+    """The positions of keys by tile, in slot order; 2^31 - 1 where a key is not valid, or missing at the end."""
+
+    every: Tensor  # int32 [B, Ok, nK, TILE]
+    bounds: Tensor  # int32 [B, Ok, 3, nK]: the least and greatest of the valid keys (or 2^31 - 1 and -1), and of all
+
+    @classmethod
+    def of(cls, key_tags: Tensor) -> "KeyPositions":
+        """key_tags: int32 [B, Ok, 3, Sk] in slot order."""
+        every = by_tile(key_tags[:, :, 0], INVALID).contiguous()
+        last = every.masked_fill(every == INVALID, -1).amax(-1)
+        return cls(every, torch.stack([every.amin(-1), last, every.amax(-1)], 2))
+
+
 class SampledRows(NamedTuple):
     """Which query rows are sampled, and the keys that they are multiplied with. Nothing is gathered.
 
@@ -35,7 +49,7 @@ class SampledRows(NamedTuple):
     query_order: Tensor  # int32 [B, Oq, Sq], slot -> token
     query_tags: Tensor  # int32 [B, Oq, 3, Sq] in slot order
     key_tags: Tensor  # int32 [B, Ok, 3, Sk] in slot order
-    key_bounds: Tensor  # int32 [B, Ok, 3, nK], of `key_bounds`
+    key_positions: KeyPositions  # of the same tags
     slots: Tensor  # int64 [B, P, R], query slots in order `query_row[b, p]`; they may repeat
     query_row: Tensor  # int32 [B, P], the query order of each row
     key_row: Tensor  # int32 [B, P], the key order: the row reads key copy `key_head[p] + key_row[b, p]`
@@ -71,17 +85,6 @@ class SampledRows(NamedTuple):
         batch = torch.arange(self.query.shape[0], device=self.query.device).view(-1, 1, 1)
         position = self.query_tags[batch, self.query_row.long().unsqueeze(2), 0, self.slots]
         return position.argsort(-1)
-
-
-def key_bounds(key_tags: Tensor) -> Tensor:
-    """Of each tile of keys the least and the greatest position of its valid keys, and the greatest of all: 2^31 - 1
-    where a key is not valid or missing. A tile without a valid key has 2^31 - 1, -1 and 2^31 - 1.
-
-    key_tags: int32 [B, Ok, 3, Sk] in slot order. Returns int32 [B, Ok, 3, nK].
-    """
-    position = by_tile(key_tags[:, :, 0], INVALID)  # [B, Ok, nK, TILE]
-    last = position.masked_fill(position == INVALID, -1).amax(-1)
-    return torch.stack([position.amin(-1), last, position.amax(-1)], 2)
 
 
 def tile_log_mass(sampled: SampledRows, cold: Tensor | None = None) -> Tensor:

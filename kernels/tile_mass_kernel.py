@@ -22,6 +22,7 @@ from mmcompile.kernels.sample_mask import (
     classify_tiles,
     element_allowed,
     load_keys,
+    load_mask_tags,
     load_samples,
     load_tags,
     lowest_bit,
@@ -30,6 +31,7 @@ from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.tile_mass import SampledRows
 
 RUN = 32  # most key tiles of one program, a bit each, with the rows' queries read once
+REGISTERS = 128  # of a thread
 ENOUGH_PROGRAMS = 2048  # some for each multiprocessor of the largest GPUs: with fewer, runs are shorter
 # Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
 UNSPECIALIZED = [
@@ -58,8 +60,9 @@ def _tile_log_mass_kernel(
     key_row,
     head,
     key_head,
-    walk,
+    key_positions,
     bounds,
+    walk,
     bias,
     output,
     query_batch_stride,
@@ -110,6 +113,7 @@ def _tile_log_mass_kernel(
         bias += row * key_tiles * TILE
     query_tags += query_order_row * 3 * query_length
     key_tags += key_order_row * 3 * key_length
+    key_positions += key_order_row * key_tiles * TILE
 
     sample = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if WALK:
@@ -166,8 +170,9 @@ def _tile_log_mass_kernel(
             else:
                 scores += tl.load(bias + slot)[None, :]
         if (compared & bit) != 0:
-            k_position, k_segment, k_span = load_tags(
-                key_tags, slot, slot < key_length, key_length, 2147483647, SEGMENTS, SPANS
+            k_position = tl.load(key_positions + slot)
+            k_segment, k_span = load_mask_tags(
+                key_tags, k_position, slot, slot < key_length, key_length, SEGMENTS, SPANS
             )
             allowed = element_allowed(
                 q_position[:, None],
@@ -194,11 +199,11 @@ def _tile_log_mass_kernel(
             weights += total * tl.math.exp2(maximum - shift)
         maximum = new_maximum
         total = weights
-        # A total of 0 has no logarithm; every other one is at least 1, its greatest term.
-        log2_mass = tl.where(maximum == float("-inf"), maximum, maximum + tl.math.log2(tl.maximum(total, 1.0)))
-        last = step % SPLIT == SPLIT - 1
-        tl.store(target + next_tile, log2_mass * 0.6931471805599453, mask=(sample < samples) & last)
-        todo = tl.where(last, todo ^ bit, todo)
+        if step % SPLIT == SPLIT - 1:
+            # A total of 0 has no logarithm; every other one is at least 1, its greatest term.
+            log2_mass = tl.where(maximum == float("-inf"), maximum, maximum + tl.math.log2(tl.maximum(total, 1.0)))
+            tl.store(target + next_tile, log2_mass * 0.6931471805599453, mask=sample < samples)
+        todo = tl.where(step % SPLIT == SPLIT - 1, todo ^ bit, todo)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -322,9 +327,9 @@ def tile_log_mass(sampled: SampledRows, cold: Tensor | None, config: Config | No
             query,
             key_descriptor(key, config.block_n) if descriptor else key,
             *shared_arguments(sampled),
+            *sampled.key_positions,
             sampled.slots if walk is None else walk,  # not read where None
-            sampled.key_bounds.contiguous(),
-            sampled.key_bounds if cold is None else _bias(cold, config.block_n if descriptor else None),
+            sampled.key_row if cold is None else _bias(cold, config.block_n if descriptor else None),
             output,
             *query.stride()[:3],
             *key.stride()[:3],
@@ -426,7 +431,8 @@ def lengths(sampled: SampledRows) -> tuple[int, ...]:
 
 def launch_shape(sampled: SampledRows, config: Config) -> dict[str, int | bool]:
     width = sampled.query.shape[3]
-    return {
+    causal = sampled.window is None and not sampled.segments and not sampled.spans
+    shape = {
         "D": width,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -439,3 +445,7 @@ def launch_shape(sampled: SampledRows, config: Config) -> dict[str, int | bool]:
         # Named, because Triton 3.10 changes the default and 3.9 warns of it.
         "enable_fp_fusion": True,
     }
+    if causal and sampled.query.is_cuda and not torch.version.hip:
+        # Room for two programs of eight warps; with more of the mask, registers would spill.
+        shape["maxnreg"] = REGISTERS
+    return shape

@@ -22,7 +22,7 @@ from mmcompile.kernels import attention_config, column_mass_kernel, tile_mass, t
 from mmcompile.kernels.attention_config import Config, padded_head_dim
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tags import INVALID, INVALID_SPAN
-from mmcompile.kernels.tile_mass import SampledRows
+from mmcompile.kernels.tile_mass import KeyPositions, SampledRows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 MINUS_INFINITY = float("-inf")
@@ -142,7 +142,7 @@ class MassCase:
 
 
 def sampled_rows(arguments: dict) -> SampledRows:
-    return SampledRows(**arguments, key_bounds=tile_mass.key_bounds(arguments["key_tags"]))
+    return SampledRows(**arguments, key_positions=KeyPositions.of(arguments["key_tags"]))
 
 
 def sampled_of(arguments: dict, b: int, p: int) -> tuple[Tensor, int, int]:
@@ -451,7 +451,18 @@ def test_shares_of_tiles_and_columns_add_up_to_one():
     torch.testing.assert_close(shares.sum(2) + held, sees)
 
 
-INTEGERS = ("query_order", "query_tags", "key_tags", "query_row", "key_row", "head", "key_head", "bounds", "own_tile")
+INTEGERS = (
+    "query_order",
+    "query_tags",
+    "key_tags",
+    "query_row",
+    "key_row",
+    "head",
+    "key_head",
+    "key_positions",
+    "bounds",
+    "own_tile",
+)
 LISTS = ("key_slots", "listed")
 FLOATS = ("output", "log_total")
 
