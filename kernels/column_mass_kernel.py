@@ -20,6 +20,7 @@ from mmcompile.kernels.sample_mask import (
     element_allowed,
     load_keys,
     load_mask_tags,
+    load_rows,
     load_tags,
     lowest_bit,
 )
@@ -261,10 +262,7 @@ def _load_counted(
     log2_total = tl.load(log_total + sample, mask=sample < samples, other=float("-inf")) * 1.4426950408889634
     counted = log2_total > float("-inf")
     slot = tl.load(slots + sample, mask=counted, other=0)
-    token = tl.load(order + slot, mask=counted, other=0)
-    column = tl.arange(0, BLOCK_D)
-    pointers = query + (token.to(tl.int64)[:, None] * row_stride + column[None, :])
-    rows = tl.load(pointers, mask=counted[:, None] & (column < D)[None, :], other=0.0)
+    rows = load_rows(query, order, slot, counted, row_stride, D, BLOCK_D)
     position, segment, span = load_tags(tags, slot, counted, length, -1, SEGMENTS, SPANS)
     return rows, tl.where(counted, log2_total, 0.0), position, segment, span
 

@@ -23,12 +23,18 @@ def load_samples(
     lies at or before position -1."""
     inside = sample < samples
     slot = tl.load(slots + sample, mask=inside, other=0)
+    rows = load_rows(query, order, slot, inside, row_stride, D, BLOCK_D)
+    position, segment, span = load_tags(tags, slot, inside, length, -1, SEGMENTS, SPANS)
+    return rows, position, segment, span
+
+
+@triton.jit
+def load_rows(query, order, slot, inside, row_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Query rows in some slots of an order, [slot, BLOCK_D]; zeros where not inside and past D."""
     token = tl.load(order + slot, mask=inside, other=0)
     column = tl.arange(0, BLOCK_D)
     pointers = query + (token.to(tl.int64)[:, None] * row_stride + column[None, :])
-    rows = tl.load(pointers, mask=inside[:, None] & (column < D)[None, :], other=0.0)
-    position, segment, span = load_tags(tags, slot, inside, length, -1, SEGMENTS, SPANS)
-    return rows, position, segment, span
+    return tl.load(pointers, mask=inside[:, None] & (column < D)[None, :], other=0.0)
 
 
 @triton.jit
