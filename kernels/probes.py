@@ -16,7 +16,7 @@ from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.scene import Pair, Rows, Scene, scattered
 from mmcompile.kernels.scores import SAMPLES, sample_slots
 from mmcompile.kernels.single_keys import Columns
-from mmcompile.kernels.tile_mass import spread_out_share
+from mmcompile.kernels.tile_mass import listed_share, spread_out_share
 
 SPREAD = 24  # query tiles, besides those of the modalities' last queries
 MEASURING = 3 * TILE // 4  # row of a probed tile, which `scattered` moves on from tile to tile
@@ -114,15 +114,7 @@ class Measured(NamedTuple):
 
         counts: int32 [N, nQ, 5], tiles: int32 [N, T], as in `TilePlan`.
         """
-        key_tiles = self.mass.shape[-1]
-        of_probe = counts.gather(1, (self.slot // TILE).unsqueeze(-1).expand(-1, -1, 5)).long()
-        first, listed = of_probe[..., 0:1], of_probe[..., 1:2] + of_probe[..., 2:3]
-        step = torch.arange(key_tiles, device=counts.device)
-        entry = (first + step).clamp_(max=tiles.shape[1] - 1)
-        tile = tiles.gather(1, entry.flatten(1)).view(entry.shape).long()
-        tile = torch.where(step < listed, tile, key_tiles)
-        computed = self.mass.new_zeros(*self.mass.shape[:2], key_tiles + 1).scatter_(-1, tile, 1.0)
-        held = (self.mass * computed[..., :-1]).sum(-1)
+        held = listed_share(self.mass, self.slot // TILE, counts, tiles)
         return _mean(held * (1.0 - self.outside) + self.outside, self.weight)
 
 

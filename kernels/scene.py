@@ -202,8 +202,9 @@ class Rows:
     def key_mass(self, slot: Tensor, total: Tensor, skip_tiles: int, groups: int = 1) -> Tensor:
         """Mean weight of each key over the sampled queries that see it, float [N, groups, Sk] in key slots, the keys of
         the `skip_tiles` latest tiles left out. groups: runs of the samples with means of their own."""
-        own = self._by_head(self.own_tiles(slot))
-        return column_mass(self._sampled(slot), self._by_head(total), own, skip_tiles, groups).flatten(0, 1)
+        own = self.own_tiles(slot) if skip_tiles else torch.zeros_like(total, dtype=torch.int32)  # not looked at
+        sampled = self._sampled(slot)
+        return column_mass(sampled, self._by_head(total), self._by_head(own), skip_tiles, groups).flatten(0, 1)
 
     def _by_head(self, of_row: Tensor) -> Tensor:
         """[N, ...] as [B, heads, ...]."""

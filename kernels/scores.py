@@ -17,6 +17,7 @@ from mmcompile.kernels.tile_list import Layout
 from mmcompile.kernels.tile_mass import mean_shares
 
 SAMPLES = 3  # queries of a tile
+SAMPLED_AT_ONCE = 2**25  # tiles: of each, three logarithms, 384 MiB in all
 ANTIDIAGONAL = 16  # queries and keys of one antidiagonal (XAttention's stride)
 
 
@@ -31,6 +32,13 @@ def sample_slots(query_tiles: int, length: int, device: torch.device) -> Tensor:
     tile = torch.arange(query_tiles, device=device)
     slots = tile * TILE, tile * TILE + TILE - 1, scattered(tile, TILE // 4)
     return torch.stack(slots).clamp_(max=length - 1)
+
+
+def sampled_chunks(layout: Layout) -> list[slice]:
+    """Query tiles in runs that `sampled_mass` keeps few enough numbers of."""
+    count, query_tiles, key_tiles = layout.shape
+    step = max(1, SAMPLED_AT_ONCE // (count * key_tiles))
+    return [slice(start, min(start + step, query_tiles)) for start in range(0, query_tiles, step)]
 
 
 def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor]:
