@@ -315,6 +315,6 @@ def column_mass(
 
 def column_config(query: Tensor, samples: int) -> Config:
     """Launch shape for queries [B, H, Sq, D] of which `samples` are multiplied with each key: no more columns of the
-    product than these need."""
+    product than these need, and no more than leave room for what is known of each sample in registers."""
     config = launch_config(query)
-    return config._replace(block_n=min(config.block_n, max(16, triton.next_power_of_2(samples))))
+    return config._replace(block_n=min(config.block_n, 64, max(16, triton.next_power_of_2(samples))))

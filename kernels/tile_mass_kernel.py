@@ -23,7 +23,6 @@ from mmcompile.kernels.sample_mask import (
     element_allowed,
     load_keys,
     load_mask_tags,
-    load_rows,
     load_samples,
     load_tags,
     lowest_bit,
@@ -119,9 +118,20 @@ def _tile_log_mass_kernel(
     sample = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if WALK:
         sample = tl.load(walk + row * samples + sample, mask=sample < samples, other=samples)
-    slot = tl.load(slots + row * samples + sample, mask=sample < samples, other=0)
-    # A sample past the end sees nothing: no key lies at or before position -1.
-    q_position, q_segment, q_span = load_tags(query_tags, slot, sample < samples, query_length, -1, SEGMENTS, SPANS)
+    q, q_position, q_segment, q_span = load_samples(
+        query,
+        query_order + query_order_row * query_length,
+        query_tags,
+        slots + row * samples,
+        sample,
+        samples,
+        query_row_stride,
+        query_length,
+        D,
+        BLOCK_D,
+        SEGMENTS,
+        SPANS,
+    )
     index = tl.arange(0, RUN)
     tile = first_tile + index
     inside = (index < run) & (tile < key_tiles)
@@ -144,26 +154,25 @@ def _tile_log_mass_kernel(
     tl.store(target[:, None] + index[None, :], tl.full([BLOCK_M, RUN], float("-inf"), tl.float32), mask=unseen)
 
     todo = as_bits(may, index)
-    if todo == 0:
-        return
     compared = as_bits(may & ~whole, index)
-    q = load_rows(
-        query, query_order + query_order_row * query_length, slot, sample < samples, query_row_stride, D, BLOCK_D
-    )
-    SPLIT: tl.constexpr = TILE // BLOCK_N
-    this, bit = lowest_bit(todo)
-    start = (first_tile + this) * TILE
-    scores = _scores(
-        q, key, bias, batch, copy, row, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTOR, COLD
-    )
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    SPLIT: tl.constexpr = TILE // BLOCK_N
     for step in range(tl.sum(may.to(tl.int32)) * SPLIT):
+        next_tile, bit = lowest_bit(todo)
+        start = (first_tile + next_tile) * TILE + step % SPLIT * BLOCK_N
+        k = load_keys(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTOR)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        slot = start + tl.arange(0, BLOCK_N)
+        if COLD:
+            if DESCRIPTOR:
+                scores += bias.load([row.to(tl.int32), start]).reshape(BLOCK_N)[None, :]
+            else:
+                scores += tl.load(bias + slot)[None, :]
         if (compared & bit) != 0:
-            key_slot = start + tl.arange(0, BLOCK_N)
-            k_position = tl.load(key_positions + key_slot)
+            k_position = tl.load(key_positions + slot)
             k_segment, k_span = load_mask_tags(
-                key_tags, k_position, key_slot, key_slot < key_length, key_length, SEGMENTS, SPANS
+                key_tags, k_position, slot, slot < key_length, key_length, SEGMENTS, SPANS
             )
             allowed = element_allowed(
                 q_position[:, None],
@@ -193,43 +202,8 @@ def _tile_log_mass_kernel(
         if step % SPLIT == SPLIT - 1:
             # A total of 0 has no logarithm; every other one is at least 1, its greatest term.
             log2_mass = tl.where(maximum == float("-inf"), maximum, maximum + tl.math.log2(tl.maximum(total, 1.0)))
-            tl.store(target + this, log2_mass * 0.6931471805599453, mask=sample < samples)
-            todo ^= bit
-        # The next product comes last, so that its keys arrive while exponentials are taken. The very last one is for
-        # nothing.
-        this, bit = lowest_bit(todo)
-        start = tl.maximum(first_tile + this, 0) * TILE + (step + 1) % SPLIT * BLOCK_N
-        scores = _scores(
-            q, key, bias, batch, copy, row, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTOR, COLD
-        )
-
-
-@triton.jit
-def _scores(
-    q,
-    key,
-    bias,
-    batch,
-    copy,
-    row,
-    start,
-    row_stride,
-    length,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DESCRIPTOR: tl.constexpr,
-    COLD: tl.constexpr,
-):
-    """Products of queries with the keys from `start`, -inf where a key is not cold."""
-    k = load_keys(key, batch, copy, start, row_stride, length, D, BLOCK_N, BLOCK_D, DESCRIPTOR)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if COLD:
-        if DESCRIPTOR:
-            scores += bias.load([row.to(tl.int32), start]).reshape(BLOCK_N)[None, :]
-        else:
-            scores += tl.load(bias + start + tl.arange(0, BLOCK_N))[None, :]
-    return scores
+            tl.store(target + next_tile, log2_mass * 0.6931471805599453, mask=sample < samples)
+        todo = tl.where(step % SPLIT == SPLIT - 1, todo ^ bit, todo)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -413,7 +387,7 @@ def launch_config(query: Tensor) -> Config:
     multiplies while the other takes exponentials."""
     config = attention_config(query)
     # With one stage float32 spills: the compiler loads whole rows ahead of the products.
-    return config._replace(block_n=min(config.block_n, 64), stages=3 if config.stages > 2 else 2)
+    return config._replace(stages=2)
 
 
 def gather_config(query: Tensor) -> Config:

@@ -542,9 +542,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     ],
 )
 def test_kernels_compile_without_spilling(name, width, dtype, capability, instruction, tmp_path, monkeypatch):
-    shape = {"tile_log_mass": "launch_config", "slots_log_mass": "gather_config", "column_mass": "column_config"}[name]
-    module = column_mass_kernel if name == "column_mass" else tile_mass_kernel
-    config = launch_shape(getattr(module, shape), width, DTYPES[dtype], capability == 90, monkeypatch)
+    choose, module = {
+        "tile_log_mass": (tile_mass_kernel.launch_config, tile_mass_kernel),
+        "slots_log_mass": (tile_mass_kernel.gather_config, tile_mass_kernel),
+        "column_mass": (lambda query: column_mass_kernel.column_config(query, 64), column_mass_kernel),
+    }[name]
+    config = launch_shape(choose, width, DTYPES[dtype], capability == 90, monkeypatch)
     kernel = compiled(getattr(module, f"_{name}_kernel"), width, dtype, config, capability)
     assert instruction in kernel.asm["ptx"]
     assert kernel.metadata.shared <= (227 if capability == 90 else 64) * 1024
