@@ -37,8 +37,8 @@ class Diagonals:
 
     weights = None
 
-    def __init__(self, layout: Layout, own_slots: Tensor, mass: Tensor, own_tiles: Tensor, wanted: int) -> None:
-        """own_slots: int64 [N, Sq]. mass: float [N, R, nK] of some queries, own_tiles: int32 [N, R] theirs."""
+    def __init__(self, rows: Rows, layout: Layout, mass: Tensor, own_tiles: Tensor, wanted: int) -> None:
+        """mass: float [N, R, nK] of some queries, own_tiles: int32 [N, R] theirs."""
         key_tiles = layout.shape[2]
         self.count = min(wanted, key_tiles)
         distance = own_tiles.unsqueeze(-1) - torch.arange(key_tiles, device=mass.device)
@@ -49,9 +49,10 @@ class Diagonals:
         self.levels = torch.full_like(distance[:, 0], self.count)
         self.levels = torch.nn.functional.pad(self.levels, (0, 1), value=self.count).scatter_(1, best, rank)
         # The own keys of a tile of queries lie in two tiles at most where both stand in one order.
-        last = torch.arange(layout.shape[1], device=mass.device) * TILE + TILE - 1
-        last = last.clamp(max=own_slots.shape[1] - 1)
-        self.own = torch.stack([own_slots[:, ::TILE], own_slots.index_select(1, last)]) // TILE  # [2, N, nQ]
+        length = rows.scene.query_modality.shape[1]
+        first = torch.arange(layout.shape[1], device=mass.device) * TILE
+        ends = torch.cat([first, (first + TILE - 1).clamp(max=length - 1)]).expand(rows.rows, -1)
+        self.own = torch.stack(rows.own_tiles(ends).chunk(2, 1))  # [2, N, nQ]
         self.key_tile = torch.arange(key_tiles, device=mass.device)
 
     def of(self, rows: slice) -> Tensor:
@@ -59,7 +60,7 @@ class Diagonals:
         levels = []
         for own in self.own:
             distance = own[:, rows, None] - self.key_tile
-            distance = torch.where(distance >= 0, distance, key_tiles)
+            distance = torch.where(distance >= 0, distance, key_tiles).long()
             levels.append(self.levels.gather(1, distance.flatten(1)).view(distance.shape))
         return torch.minimum(*levels)
 
@@ -75,14 +76,11 @@ def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern, most: int) 
     """
     slot = last_slots(rows, pattern.boundary in ("q", "2d"))
     mass, total = rows.tile_mass(slot)
-    samples = slot.unflatten(1, (-1, LAST_QUERIES))
-    by_modality = total.unflatten(1, (-1, LAST_QUERIES))
-    weights = [rows.key_mass(samples[:, g], by_modality[:, g], 0) for g in range(samples.shape[1])]
-    weight = torch.stack(weights).amax(0)
+    weight = rows.key_mass(slot, total, 0, slot.shape[1] // LAST_QUERIES).amax(1)
     best = weight.topk(min(most, weight.shape[-1]), -1)
     columns = Columns.of(rows, best.indices, best.values > 0.0)
     wanted_diagonals = -(-pattern.slash // TILE)
-    return columns, Diagonals(layout, rows.own_slots(), mass, rows.own_tiles(slot), wanted_diagonals)
+    return columns, Diagonals(rows, layout, mass, rows.own_tiles(slot), wanted_diagonals)
 
 
 class GridLines:
@@ -122,8 +120,8 @@ class GridLines:
 
     def _most_attended(self, rows: Rows, key_site: Tensor) -> Tensor:
         """The site with the most attention of the probes, int64 [N]."""
-        slot = torch.cat(Probes.of(rows).choosing, -1)
-        weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0)
+        slot = Probes.of(rows).choosing
+        weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0).squeeze(1)
         total = weight.new_zeros(weight.shape[0], self.sites + 1).scatter_add_(1, (key_site + 1).long(), weight)
         return total[:, 1:].argmax(-1)
 

@@ -20,7 +20,7 @@ from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern, Order, dec
 from mmcompile.kernels.places import block_length, chosen, place
 from mmcompile.kernels.probes import Measured, Sighting, choose_orders
 from mmcompile.kernels.scene import Pair, Rows, Scene
-from mmcompile.kernels.scores import antidiagonal_mass, pooled_mass, sampled_mass
+from mmcompile.kernels.scores import antidiagonal_mass, pooled_mass, sampled_chunks, sampled_mass
 from mmcompile.kernels.single_keys import Columns, block_end_count, block_ends, list_own_keys
 from mmcompile.kernels.tile_bounds import TileBounds, tile_count
 from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places, find_cut, list_tiles
@@ -231,7 +231,7 @@ def _plan_rows(
         one.counts[..., 3] = own.first
         _write(one.counts[..., 4], own.counts)
     if estimated and pattern.kind != "columns":
-        measured = Measured.of(rows, None if columns is None else columns.cold) if seen is None else seen.measured
+        measured = Measured.of(rows, columns) if seen is None else seen.measured
         _write(held, measured.recall(one.counts.flatten(0, 1), one.tiles.flatten(0, 1)))
 
 
@@ -296,13 +296,15 @@ def _most_attended(
     columns = None if seen is None else seen.columns
     levels = MassLevels(layout, density)
     held = []
-    for part in layout.chunks():
-        if pattern.scores == "sampled":
+    if pattern.scores == "sampled":
+        for part in sampled_chunks(layout):
             mass, of_columns = sampled_mass(rows, layout, part, columns)
             held.append(of_columns)
-        else:
+            levels.put(part, mass)
+    else:
+        for part in layout.chunks():
             mass = {"pooled": pooled_mass, "antidiagonal": antidiagonal_mass}[pattern.scores](rows, layout, part)
-        levels.put(part, mass)
+            levels.put(part, mass)
     return _Wanted(levels, columns, torch.cat(held, 1) if held else None)
 
 

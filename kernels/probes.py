@@ -5,6 +5,8 @@ queries alone mislead where they are text and the prompt is video. Some queries 
 no say, measures.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.scene import Pair, Rows, Scene, scattered
-from mmcompile.kernels.scores import sample_slots
+from mmcompile.kernels.scores import SAMPLES, sample_slots
 from mmcompile.kernels.single_keys import Columns
+from mmcompile.kernels.tile_mass import listed_share, spread_out_share
 
 SPREAD = 24  # query tiles, besides those of the modalities' last queries
 MEASURING = 3 * TILE // 4  # row of a probed tile, which `scattered` moves on from tile to tile
@@ -23,25 +26,70 @@ HOT = 16.0  # times an even share of the attention
 UNCAPPED = 0.1  # share of the tiles at which orders are compared where no cap is given
 HORIZONTAL = 0.5  # share of its attention that a query must put outside other lines for its site to see everything
 SEARCHED = 256  # query tiles in which horizontal lines are looked for
+NONE = float("-inf")  # the log of no attention
 SPREAD_OUT = 4.0  # times an even share of the attention: what a tile holds less of is not worth listing by itself
 
 
 class Probes(NamedTuple):
-    """Sampled queries of some plan rows."""
+    """Sampled queries of some plan rows, in T probed tiles."""
 
-    choosing: tuple[Tensor, ...]  # slots int64 [N, T], some of each probed tile
-    measuring: Tensor  # slots int64 [N, T]
+    slots: Tensor  # int64 [N, SAMPLES + 1, T]: some that choose, and last one that measures
     weight: Tensor  # float [N, T], 0 for the tile of a modality that the prompt has not
 
     @classmethod
     def of(cls, rows: Rows) -> "Probes":
         scene = rows.scene
-        spread = torch.arange(1, SPREAD + 1, device=rows.choice.device) * scene.query_tiles // SPREAD - 1
-        spread = spread.clamp(min=0).expand(scene.batch, -1)
-        tile = rows.of_pairs([torch.cat([spread, scene.last_tiles(query)], 1) for query, _ in rows.pairs])
-        weight = torch.cat([torch.ones_like(spread), scene.has_modality().long()], 1).float()
-        measuring = scattered(tile, MEASURING).clamp(max=scene.query_modality.shape[1] - 1)
-        return cls(sample_slots(rows, tile), measuring, weight.repeat_interleave(len(rows.heads), 0))
+        weight = scene.once("probe weights", None, lambda: _probe_weights(scene))
+        return cls(
+            rows.of_query_orders(scene.once("probe slots", None, lambda: _probe_slots(scene))),
+            weight.repeat_interleave(len(rows.heads), 0),
+        )
+
+    @property
+    def choosing(self) -> Tensor:
+        """int64 [N, SAMPLES * T]"""
+        return self.slots[:, :SAMPLES].flatten(1)
+
+    @property
+    def measuring(self) -> Tensor:
+        """int64 [N, T]"""
+        return self.slots[:, SAMPLES]
+
+
+def _probe_slots(scene: Scene) -> Tensor:
+    """Of each query order, int64 [B, Oq, SAMPLES + 1, T]."""
+    last = scene.last_tiles()
+    spread = _spread(SPREAD, scene.query_tiles, last.device).expand(*last.shape[:2], -1)
+    of_tile = _slots_of_tiles(scene.query_tiles, scene.query_modality.shape[1], last.device)
+    return of_tile[:, torch.cat([spread, last], 2)].permute(1, 2, 0, 3).contiguous()
+
+
+def _probe_weights(scene: Scene) -> Tensor:
+    """float [B, T]"""
+    has = (scene.last_queries() >= 0).float()
+    return torch.nn.functional.pad(has, (SPREAD, 0), value=1.0)
+
+
+# Kept, because they depend on lengths alone.
+@lru_cache(maxsize=64)
+def _slots_of_tiles(query_tiles: int, length: int, device: torch.device) -> Tensor:
+    """The slots of a probe in each tile, int64 [SAMPLES + 1, nQ]."""
+    measuring = scattered(torch.arange(query_tiles, device=device), MEASURING).clamp_(max=length - 1)
+    return torch.cat([sample_slots(query_tiles, length, device), measuring.unsqueeze(0)])
+
+
+@lru_cache(maxsize=64)
+def _spread(count: int, tiles: int, device: torch.device) -> Tensor:
+    """`count` of some tiles, spread evenly up to the last one, int64 [count]."""
+    return (torch.arange(1, count + 1, device=device) * tiles // count - 1).clamp_(min=0)
+
+
+@lru_cache(maxsize=64)
+def _searched_slots(query_tiles: int, length: int, device: torch.device) -> Tensor:
+    """Two neighbours of each query tile in which horizontal lines are looked for, int64 [2 * SEARCHED]: one query alone
+    may be an exception."""
+    middle = _spread(SEARCHED, query_tiles, device) * TILE + TILE // 2
+    return torch.cat([middle - 1, middle]).clamp_(max=length - 1)
 
 
 class Measured(NamedTuple):
@@ -53,27 +101,20 @@ class Measured(NamedTuple):
     weight: Tensor  # float [N, T]
 
     @classmethod
-    def of(cls, rows: Rows, cold: Tensor | None) -> "Measured":
-        """cold: bool [N, Sk], False for the keys of columns; None without columns."""
+    def of(cls, rows: Rows, columns: Columns | None) -> "Measured":
         probes = Probes.of(rows)
-        mass, total = rows.tile_mass(probes.measuring, cold)
-        every = total if cold is None else rows.tile_mass(probes.measuring)[1]
-        return cls(probes.measuring, mass, _outside(total, every), probes.weight * (every > float("-inf")))
+        mass, total = rows.tile_mass(probes.measuring, None if columns is None else columns.cold)
+        if columns is None:
+            return cls(probes.measuring, mass, torch.zeros_like(total), probes.weight * (total > NONE))
+        every = torch.logaddexp(total, rows.slots_log_mass(probes.measuring, columns.slots, columns.listed))
+        return cls(probes.measuring, mass, _outside(total, every), probes.weight * (every > NONE))
 
     def recall(self, counts: Tensor, tiles: Tensor) -> Tensor:
         """Share of this attention that a plan computes: float [N], the mean over the probes.
 
         counts: int32 [N, nQ, 5], tiles: int32 [N, T], as in `TilePlan`.
         """
-        key_tiles = self.mass.shape[-1]
-        of_probe = counts.gather(1, (self.slot // TILE).unsqueeze(-1).expand(-1, -1, 5)).long()
-        first, listed = of_probe[..., 0:1], of_probe[..., 1:2] + of_probe[..., 2:3]
-        step = torch.arange(key_tiles, device=counts.device)
-        entry = (first + step).clamp_(max=tiles.shape[1] - 1)
-        tile = tiles.gather(1, entry.flatten(1)).view(entry.shape).long()
-        tile = torch.where(step < listed, tile, key_tiles)
-        computed = self.mass.new_zeros(*self.mass.shape[:2], key_tiles + 1).scatter_(-1, tile, 1.0)
-        held = (self.mass * computed[..., :-1]).sum(-1)
+        held = listed_share(self.mass, self.slot // TILE, counts, tiles)
         return _mean(held * (1.0 - self.outside) + self.outside, self.weight)
 
 
@@ -83,37 +124,33 @@ class Sighting(NamedTuple):
     measured: Measured
     columns: Columns | None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Sighting":
+        """With each tensor changed."""
+        columns = None if self.columns is None else Columns(*map(change, self.columns))
+        return Sighting(Measured(*map(change, self.measured)), columns)
+
 
 def look(rows: Rows, columns: int, density: float | None) -> tuple[Sighting, Tensor]:
-    """Probe in one pair of orders: find up to `columns` single keys, and see how far probes agree on tiles.
+    """Probe: find up to `columns` single keys, and what some queries of each probed tile attend to.
 
-    In each probed tile the tiles that some queries attend to most are tried on another: what they share is what a
-    tile list can hold. Keys that become columns need no tiles in any order. density: share of the causal tiles that may
-    be computed. The second result is what they share: float [N], of the trying queries' attention outside columns.
+    Keys that become columns need no tiles in any order. density: share of the causal tiles that may be computed. The
+    second result is by tile, outside columns: float [N, T, nK].
     """
-    scene = rows.scene
     probes = Probes.of(rows)
-    slot = torch.cat([*probes.choosing, probes.measuring], -1)
-    samples = len(probes.choosing)
-    choosing = samples * probes.weight.shape[1]
+    slot = probes.slots.flatten(1)
+    choosing = SAMPLES * probes.weight.shape[1]
     mass, every = rows.tile_mass(slot)
     picked: Columns | None = None
     outside = torch.zeros_like(every)
     if columns:
-        weight = probes.weight.repeat(1, samples)
-        total = every[:, :choosing].masked_fill(weight == 0, float("-inf"))
-        picked = _hot_columns(
-            rows, _agreed_weight(rows, slot[:, :choosing], total, probes.weight.shape[1]), columns, density
-        )
+        total = every[:, :choosing].unflatten(1, (SAMPLES, -1)).masked_fill(probes.weight.unsqueeze(1) == 0, NONE)
+        weight = _agreed_weight(rows, probes.slots[:, :SAMPLES], total)
+        picked = _hot_columns(rows, weight, columns, density)
         mass, total = rows.tile_mass(slot, picked.cold)
         outside = _outside(total, every)
-    chooses, tried = mass[:, :choosing].unflatten(1, (samples, -1)).sum(1), mass[:, choosing:]
-    tiles = max(1, round((UNCAPPED if density is None else density) * scene.key_tiles / 2))
-    wanted = chooses.topk(min(tiles, scene.key_tiles), -1).indices
-    of_tried = outside[:, choosing:]
-    weight = probes.weight * (every[:, choosing:] > float("-inf"))
-    held = _mean(tried.gather(-1, wanted).sum(-1), weight * (1.0 - of_tried))
-    return Sighting(Measured(probes.measuring, tried, of_tried, weight), picked), held
+    chooses, tried = mass[:, :choosing].unflatten(1, (SAMPLES, -1)).sum(1), mass[:, choosing:]
+    weight = probes.weight * (every[:, choosing:] > NONE)
+    return Sighting(Measured(probes.measuring, tried, outside[:, choosing:], weight), picked), chooses
 
 
 def choose_orders(
@@ -125,51 +162,60 @@ def choose_orders(
     density: float | None,
 ) -> tuple[Rows, Sighting]:
     """For each head the pair of orders in which as many tiles hold the most attention, and what was seen there."""
-    none = torch.zeros(scene.batch, len(heads), dtype=torch.int64, device=scene.query_modality.device)
-    each = [Rows(scene, heads, (pair,), (site,), none) for pair, site in zip(pairs, by_site, strict=True)]
-    looks = [look(rows, columns, density) for rows in each]
-    seen, shared = [one for one, _ in looks], [held for _, held in looks]
-    for index, row in enumerate(each):
-        if row.by_site[0]:
-            shared[index] = shared[index] + _horizontal_lines(row, *seen[index], density)
-    choice = torch.stack([shared[0] + RASTER_LEAD, *shared[1:]]).argmax(0)  # [N]
-
-    def chosen(of_pair: list[Tensor]) -> Tensor:
-        result = of_pair[0]
-        for index, other in enumerate(of_pair[1:], 1):
-            result = torch.where((choice == index).view(-1, *[1] * (other.dim() - 1)), other, result)
-        return result
-
-    measured = Measured(*(chosen(list(part)) for part in zip(*(one.measured for one in seen), strict=True)))
-    picked: Columns | None = None
-    if columns:
-        picked = Columns(
-            *(chosen(list(part)) for part in zip(*(one.columns for one in seen if one.columns), strict=True))
-        )
-    rows = Rows(scene, heads, pairs, by_site, choice.unflatten(0, (scene.batch, -1)))
-    return rows, Sighting(measured, picked)
+    # Each head in each pair of orders, the heads of one pair together.
+    pair = torch.arange(len(pairs), device=scene.query_modality.device).repeat_interleave(len(heads))
+    each = Rows(scene, heads * len(pairs), pairs, by_site, pair.expand(scene.batch, -1))
+    seen, chooses = look(each, columns, density)
+    if len(pairs) == 1:
+        return each, seen
+    shape = (scene.batch, len(pairs), len(heads))
+    held = _agreed(seen.measured, chooses, density).unflatten(0, shape)
+    held[:, 0] += RASTER_LEAD
+    for index, site in enumerate(by_site):
+        if site:
+            first = torch.zeros(scene.batch, len(heads), dtype=torch.int64, device=pair.device)
+            one = Rows(scene, heads, pairs[index : index + 1], (True,), first)
+            held[:, index] += _horizontal_lines(one, _of_pair(seen, shape, index), density).view_as(first)
+    choice = held.argmax(1)  # [B, heads]
+    rows = Rows(scene, heads, pairs, by_site, choice)
+    row = rows.pair * len(heads) + torch.arange(len(heads), device=pair.device).repeat(scene.batch)
+    return rows, seen.each(lambda of: of.index_select(0, row))
 
 
-def _horizontal_lines(rows: Rows, measured: Measured, columns: Columns | None, density: float | None) -> Tensor:
+def _of_pair(seen: Sighting, shape: tuple[int, int, int], index: int) -> Sighting:
+    """What was seen in one of the pairs of orders. shape: batch rows, pairs, heads."""
+    return seen.each(lambda of_row: of_row.unflatten(0, shape)[:, index].flatten(0, 1))
+
+
+def _agreed(measured: Measured, chooses: Tensor, density: float | None) -> Tensor:
+    """How far queries of one tile agree on tiles: float [N], a share of their attention outside columns.
+
+    The tiles that some queries attend to most are tried on another: what they share is what a tile list can hold.
+    chooses: float [N, T, nK].
+    """
+    key_tiles = chooses.shape[-1]
+    tiles = max(1, round((UNCAPPED if density is None else density) * key_tiles / 2))
+    wanted = chooses.topk(min(tiles, key_tiles), -1).indices
+    held = measured.mass.gather(-1, wanted).sum(-1)
+    return _mean(held, measured.weight * (1.0 - measured.outside))
+
+
+def _horizontal_lines(rows: Rows, seen: Sighting, density: float | None) -> Tensor:
     """What an order by site holds by computing some query tiles whole, those of sites whose queries look at everything:
     float [N], of the attention outside columns. 0 where these are more than half of what the budget is for.
 
     They are few, so that the other probes seldom meet one; and no other order makes them few.
     """
-    scene = rows.scene
-    tile = torch.arange(1, SEARCHED + 1, device=rows.choice.device) * scene.query_tiles // SEARCHED - 1
-    tile = tile.clamp(min=0).expand(rows.rows, -1)
-    # Two neighbours: one query alone may be an exception.
-    slot = torch.cat([tile * TILE + TILE // 2 - 1, tile * TILE + TILE // 2], -1)
-    slot = slot.clamp(max=scene.query_modality.shape[1] - 1)
-    mass, total = rows.tile_mass(slot, None if columns is None else columns.cold)
-    even = SPREAD_OUT / (mass > 0).sum(-1, keepdim=True).clamp(min=1)
-    spread_out = (mass * (mass < even)).sum(-1)
-    if columns is not None:
+    scene, (measured, columns) = rows.scene, seen
+    slot = _searched_slots(scene.query_tiles, scene.query_modality.shape[1], rows.choice.device).expand(rows.rows, -1)
+    log_mass = rows.tile_log_mass(slot, None if columns is None else columns.cold)
+    if columns is None:
+        in_columns = log_mass.new_full(slot.shape, NONE)
+    else:
         in_columns = rows.slots_log_mass(slot, columns.slots, columns.listed)
-        spread_out *= torch.sigmoid(total - in_columns).nan_to_num_(0.0)
+    spread_out = spread_out_share(log_mass, in_columns, SPREAD_OUT)
     # Text has no site.
-    site = rows.of_pairs([scene.arrangement.query_site[:, query] for query, _ in rows.pairs]).gather(1, slot)
+    site = rows.at_queries(scene.arrangement.query_site, slot)
     spread_out = (spread_out * (site >= 0)).unflatten(1, (2, -1)).amin(1)
     horizontal = spread_out > HORIZONTAL
     # Where many queries spread out half as much, this order is the wrong one for what they look at.
@@ -178,24 +224,20 @@ def _horizontal_lines(rows: Rows, measured: Measured, columns: Columns | None, d
     return held / _mean(1.0 - measured.outside, measured.weight).clamp(min=1e-6)
 
 
-def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor, tiles: int) -> Tensor:
+def _agreed_weight(rows: Rows, slot: Tensor, total: Tensor) -> Tensor:
     """Mean weight of each key in two halves of the probed tiles, whichever is less: float [N, Sk] in key slots.
 
     The queries of one tile may share what they look at (their own site), and a mean over few tiles would take that for
-    what all look at. A key that one half is too early to see has the other's weight. slot: int64 [N, 2 * T], total:
-    float [N, 2 * T], the log of each query's sum, -inf for those that do not count.
+    what all look at. A key that one half is too early to see has the other's weight. slot: int64 [N, samples, T],
+    total: float, the log of each query's sum, -inf for those that do not count. T is even.
     """
     scene = rows.scene
-    half = torch.arange(slot.shape[1], device=slot.device) % tiles % 2
-    position = rows.of_pairs([scene.arrangement.query_tags[:, query, 0] for query, _ in rows.pairs]).gather(1, slot)
-    key_position = rows.of_pairs([scene.arrangement.key_tags[:, key, 0] for _, key in rows.pairs])
-    weights, sees = [], []
-    for each in (0, 1):
-        counts = (half == each) & (total > float("-inf"))
-        weights.append(rows.key_mass(slot, total.masked_fill(~counts, float("-inf")), NEAR_TILES))
-        sees.append(key_position <= position.masked_fill(~counts, -1).amax(-1, keepdim=True))
-    least = torch.minimum(*weights)
-    return torch.where(sees[0] & sees[1], least, torch.maximum(*weights))
+    slot, total = (of.unflatten(2, (-1, 2)).permute(0, 3, 1, 2).flatten(1) for of in (slot, total))  # halves
+    position = rows.at_queries(scene.arrangement.query_tags[:, :, 0], slot)
+    last = position.masked_fill_(total == NONE, -1).unflatten(1, (2, -1)).amax(-1)
+    both_see = rows.of_key_orders(scene.arrangement.key_tags[:, :, 0]) <= last.amin(1, True)
+    least, most = rows.key_mass(slot, total, NEAR_TILES, groups=2).aminmax(dim=1)
+    return torch.where(both_see, least, most)
 
 
 def _hot_columns(rows: Rows, weight: Tensor, most: int, density: float | None) -> Columns:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,17 @@ from mmcompile.kernels.arrange import Arrangement
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.orders import slots
 from mmcompile.kernels.patterns import MODALITIES, TILE
-from mmcompile.kernels.tags import element_mask
 from mmcompile.kernels.tile_bounds import by_tile, tile_count
-from mmcompile.kernels.tile_mass import SampledRows, column_mass, tile_log_mass
+from mmcompile.kernels.tile_mass import (
+    KeyPositions,
+    SampledRows,
+    column_mass,
+    slots_log_mass,
+    tile_log_mass,
+    tile_shares,
+)
 
+Made = TypeVar("Made")
 Pair = tuple[int, int]  # a row of the query orders, a row of the key orders
 
 
@@ -32,7 +40,7 @@ class Scene:
     window: int | None
     segments: bool
     spans: bool
-    made: dict[tuple[str, Any], Tensor] = field(default_factory=dict)  # what several planners ask for
+    made: dict[tuple[str, Any], Any] = field(default_factory=dict)  # what several planners ask for
 
     @property
     def batch(self) -> int:
@@ -46,44 +54,55 @@ class Scene:
     def key_tiles(self) -> int:
         return tile_count(self.arrangement.key_order.shape[2])
 
+    def key_slots(self) -> Tensor:
+        """int32 [B, Ok, Sk], position -> slot of each key order."""
+        return self.once("key slots", None, lambda: slots(self.arrangement.key_order))
+
     def key_slot(self, row: int) -> Tensor:
         """int32 [B, Sk], position -> slot of a key order."""
-        return self._once("key slot", row, lambda: slots(self.arrangement.key_order[:, row]))
+        return self.key_slots()[:, row]
 
     def own_slot(self, pair: Pair) -> Tensor:
         """The key slot of each query slot's own token, int64 [B, Sq]; of the nearest key where it has none."""
-        return self._once("own slot", pair, lambda: self._own_slot(pair))
+        return self.once("own slot", pair, lambda: self._own_slot(pair))
 
-    def has_modality(self) -> Tensor:
-        """Which modalities the queries have, bool [B, MODALITIES]."""
-        each = torch.arange(MODALITIES, device=self.query_modality.device).view(1, -1, 1)
-        return self._once("modalities", None, lambda: (self.query_modality.unsqueeze(1) == each).any(-1))
+    def last_queries(self) -> Tensor:
+        """The last query of each modality, int64 [B, MODALITIES]; -1 for a modality that is absent."""
+        return self.once("last queries", None, self._last_queries)
 
-    def last_tiles(self, query_order: int) -> Tensor:
-        """The query tiles, in an order, of the last query of each modality, int64 [B, MODALITIES]; any tile for a
+    def last_tiles(self) -> Tensor:
+        """The query tiles, in each order, of the last query of each modality, int64 [B, Oq, MODALITIES]; any tile for a
         modality that is absent."""
-        return self._once("last tiles", query_order, lambda: self._last_tiles(query_order))
+        last = self.last_queries().view(self.batch, 1, -1, 1)
+        return (self.arrangement.query_order.unsqueeze(2) == last).byte().argmax(-1) // TILE
+
+    def last_positions(self) -> Tensor:
+        """The greatest position of each query tile in each order, int32 [B, Oq, nQ]."""
+        tags = self.arrangement.query_tags
+        return self.once("last positions", None, lambda: by_tile(tags[:, :, 0], -1).amax(-1))
+
+    def key_positions(self) -> KeyPositions:
+        return self.once("key positions", None, lambda: KeyPositions.of(self.arrangement.key_tags))
 
     def _own_slot(self, pair: Pair) -> Tensor:
         position = self.arrangement.query_tags[:, pair[0], 0].long()
         return self.key_slot(pair[1]).gather(-1, position.clamp(0, self.key_tags.shape[-1] - 1)).long()
 
-    def _last_tiles(self, query_order: int) -> Tensor:
-        length = self.query_modality.shape[1]
-        token = torch.arange(length, device=self.query_modality.device)
+    def _last_queries(self) -> Tensor:
+        token = torch.arange(self.query_modality.shape[1], device=self.query_modality.device)
         each = torch.arange(MODALITIES, device=token.device).view(1, -1, 1)
-        of_modality = torch.where(self.query_modality.unsqueeze(1) == each, token, -1).amax(-1)  # [B, MODALITIES]
-        of_modality = torch.where(of_modality < 0, length - 1, of_modality)
-        slot = slots(self.arrangement.query_order[:, query_order])
-        return slot.gather(-1, of_modality).long() // TILE
+        return torch.where(self.query_modality.unsqueeze(1) == each, token, -1).amax(-1)
 
-    def _once(self, what: str, of: Any, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, what: str, of: Any, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made the first time. of: what tells it from others of that name."""
         if (what, of) not in self.made:
             self.made[what, of] = make()
-        return self.made[what, of]
+        made: Made = self.made[what, of]
+        return made
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rows:
     """The plan rows of some heads that share a pattern: N = B * heads, the heads of one batch row together."""
 
     scene: Scene
@@ -97,36 +116,69 @@ class Rows(NamedTuple):
         """N."""
         return self.scene.batch * len(self.heads)
 
-    @property
+    @cached_property
     def query_row(self) -> Tensor:
-        return self._of_choice([query for query, _ in self.pairs])
+        """int32 [B, heads], the query order of each."""
+        return head_indices(tuple(query for query, _ in self.pairs), self.choice.device)[self.choice]
 
-    @property
+    @cached_property
     def key_row(self) -> Tensor:
-        return self._of_choice([key for _, key in self.pairs])
+        """int32 [B, heads], the key order of each."""
+        return head_indices(tuple(key for _, key in self.pairs), self.choice.device)[self.choice]
 
-    @property
+    @cached_property
     def pair(self) -> Tensor:
         """int64 [N], index into the pairs of all batch rows, [B * pairs]."""
-        first = torch.arange(self.scene.batch, device=self.choice.device).unsqueeze(1) * len(self.pairs)
-        return (first + self.choice).flatten()
+        return (self._batch * len(self.pairs) + self.choice).flatten()
+
+    @cached_property
+    def _batch(self) -> Tensor:
+        """int64 [B, 1]"""
+        return torch.arange(self.scene.batch, device=self.choice.device).unsqueeze(1)
+
+    @cached_property
+    def _query_order(self) -> tuple[Tensor, Tensor]:
+        """Index of each row into what is known of each query order, [B, Oq, ...]."""
+        return self._batch, self.query_row.long()
+
+    @cached_property
+    def _key_order(self) -> tuple[Tensor, Tensor]:
+        """Index of each row into what is known of each key order, [B, Ok, ...]."""
+        return self._batch, self.key_row.long()
 
     def of_pairs(self, of_pair: Sequence[Tensor]) -> Tensor:
         """What is known of each pair, [B, ...] each, for the rows: [N, ...]."""
         return each_pair(of_pair).index_select(0, self.pair)
 
+    def of_query_orders(self, of_order: Tensor) -> Tensor:
+        """What is known of each query order, [B, Oq, ...], for the rows: [N, ...]."""
+        return of_order[self._query_order].flatten(0, 1)
+
+    def of_key_orders(self, of_order: Tensor) -> Tensor:
+        """What is known of each key order, [B, Ok, ...], for the rows: [N, ...]."""
+        return of_order[self._key_order].flatten(0, 1)
+
+    def at_queries(self, of_order: Tensor, slot: Tensor) -> Tensor:
+        """What is known of the slots of each query order, [B, Oq, Sq], in slots int64 [N, R] of the rows: [N, R]."""
+        batch, order = self._query_order
+        return of_order[batch.unsqueeze(2), order.unsqueeze(2), self._by_head(slot)].flatten(0, 1)
+
+    def at_keys(self, of_order: Tensor, slot: Tensor) -> Tensor:
+        """What is known of the slots of each key order, [B, Ok, Sk], in slots int64 [N, R] of the rows: [N, R]."""
+        batch, order = self._key_order
+        return of_order[batch.unsqueeze(2), order.unsqueeze(2), self._by_head(slot)].flatten(0, 1)
+
     def last_positions(self) -> Tensor:
         """The greatest position of each query tile, int32 [N, nQ]."""
-        tags = self.scene.arrangement.query_tags
-        return self.of_pairs([by_tile(tags[:, query, 0], -1).amax(-1) for query, _ in self.pairs])
-
-    def own_slots(self) -> Tensor:
-        """int64 [N, Sq]."""
-        return self.of_pairs([self.scene.own_slot(pair) for pair in self.pairs])
+        return self.of_query_orders(self.scene.last_positions())
 
     def own_tiles(self, slot: Tensor) -> Tensor:
-        """The key tile of each sampled query's own token. slot: int64 [N, R]. Returns int32 [N, R]."""
-        return (self.own_slots().gather(-1, slot) // TILE).int()
+        """The key tile of each sampled query's own token, or of the nearest key where it has none.
+
+        slot: int64 [N, R]. Returns int32 [N, R].
+        """
+        position = self.at_queries(self.scene.arrangement.query_tags[:, :, 0], slot).long()
+        return self.at_keys(self.scene.key_slots(), position.clamp(0, self.scene.key_tags.shape[-1] - 1)) // TILE
 
     def tile_mass(self, slot: Tensor, cold: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Softmax of sampled queries by key tile. slot: int64 [N, R], query slots. cold: bool [N, Sk].
@@ -134,46 +186,34 @@ class Rows(NamedTuple):
         Returns the share of each tile among the keys that are cold, float [N, R, nK], and the log of their total,
         [N, R].
         """
-        by_head = None if cold is None else cold.unflatten(0, (self.scene.batch, -1))
-        log = tile_log_mass(self._sampled(slot), by_head).flatten(0, 1)
-        total = torch.logsumexp(log, -1)
-        return (log - total.unsqueeze(-1)).exp_().nan_to_num_(0.0), total
+        return tile_shares(self.tile_log_mass(slot, cold))
 
-    def key_mass(self, slot: Tensor, total: Tensor, skip_tiles: int) -> Tensor:
-        """Mean weight of each key over the sampled queries that see it, float [N, Sk] in key slots, the keys of the
-        `skip_tiles` latest tiles left out."""
-        own = self.own_tiles(slot).unflatten(0, (self.scene.batch, -1))
-        by_head = total.unflatten(0, (self.scene.batch, -1))
-        return column_mass(self._sampled(slot), by_head, own, skip_tiles).flatten(0, 1)
+    def tile_log_mass(self, slot: Tensor, cold: Tensor | None) -> Tensor:
+        """Log of the sum of exp(score) of sampled queries over each key tile, float [N, R, nK]. As `tile_mass`."""
+        return tile_log_mass(self._sampled(slot), None if cold is None else self._by_head(cold)).flatten(0, 1)
 
     def slots_log_mass(self, slot: Tensor, key_slot: Tensor, listed: Tensor) -> Tensor:
         """Log of the sum of exp(score) of sampled queries over the first keys of a list: float [N, R].
 
         slot: int64 [N, R], query slots. key_slot: int32 [N, C]. listed: int32 [N], how many of them count.
         """
-        scene = self.scene
-        assert scene.key is not None
-        copy = (head_indices(self.first_copies, slot.device) + self.key_row).long().unsqueeze(2)  # [B, heads, 1]
-        batch = torch.arange(scene.batch, device=slot.device).view(-1, 1, 1)
-        keys = scene.key[batch, copy, key_slot.long().unflatten(0, (scene.batch, -1))].flatten(0, 1)  # [N, C, D]
-        scores = (self.queries(slot) @ keys.transpose(1, 2)).float() * scene.scale
-        query_tags = self._tags_at([scene.arrangement.query_tags[:, query] for query, _ in self.pairs], slot)
-        key_tags = self._tags_at([scene.arrangement.key_tags[:, key] for _, key in self.pairs], key_slot.long())
-        counts = torch.arange(key_slot.shape[1], device=slot.device) < listed.unsqueeze(1)
-        allowed = element_mask(query_tags, key_tags, scene.window, scene.segments, scene.spans) & counts.unsqueeze(1)
-        return torch.logsumexp(scores.masked_fill_(~allowed, float("-inf")), -1)
+        return slots_log_mass(self._sampled(slot), self._by_head(key_slot), self._by_head(listed)).flatten(0, 1)
 
-    def _tags_at(self, of_pair: list[Tensor], slot: Tensor) -> Tensor:
-        """Tags [B, 3, S] of each pair, at some slots [N, R] of the rows: [N, 3, R]."""
-        tags = each_pair(of_pair)  # [B * pairs, 3, S]
-        tag = torch.arange(3, device=slot.device).view(1, 3, 1)
-        return tags[self.pair.view(-1, 1, 1), tag, slot.unsqueeze(1)]
+    def key_mass(self, slot: Tensor, total: Tensor, skip_tiles: int, groups: int = 1) -> Tensor:
+        """Mean weight of each key over the sampled queries that see it, float [N, groups, Sk] in key slots, the keys of
+        the `skip_tiles` latest tiles left out. groups: runs of the samples with means of their own."""
+        own = self.own_tiles(slot) if skip_tiles else torch.zeros_like(total, dtype=torch.int32)  # not looked at
+        sampled = self._sampled(slot)
+        return column_mass(sampled, self._by_head(total), self._by_head(own), skip_tiles, groups).flatten(0, 1)
+
+    def _by_head(self, of_row: Tensor) -> Tensor:
+        """[N, ...] as [B, heads, ...]."""
+        return of_row.unflatten(0, (self.scene.batch, -1))
 
     def of_copies(self, of_copy: Tensor) -> Tensor:
         """What is known of each key copy, [B, C, ...], for the rows: [N, ...]."""
         copy = head_indices(self.first_copies, self.choice.device) + self.key_row  # [B, heads]
-        batch = torch.arange(self.scene.batch, device=copy.device).unsqueeze(1)
-        return of_copy[batch, copy.long()].flatten(0, 1)
+        return of_copy[self._batch, copy.long()].flatten(0, 1)
 
     def keys(self) -> Tensor:
         """The keys of each row, [N, Sk, D]: a copy, for estimates that need every key by itself."""
@@ -184,13 +224,11 @@ class Rows(NamedTuple):
         """Queries in slots. slot: int64 [N, R]. Returns [N, R, D]."""
         scene = self.scene
         assert scene.query is not None
-        order = self.of_pairs([scene.arrangement.query_order[:, query] for query, _ in self.pairs])
-        token = order.gather(-1, slot).unflatten(0, (scene.batch, -1)).long()  # [B, heads, R]
-        batch = torch.arange(scene.batch, device=token.device).view(-1, 1, 1)
+        token = self._by_head(self.at_queries(scene.arrangement.query_order, slot)).long()  # [B, heads, R]
         head = head_indices(self.heads, token.device).long().view(1, -1, 1)
-        return scene.query[batch, head, token].flatten(0, 1)
+        return scene.query[self._batch.unsqueeze(2), head, token].flatten(0, 1)
 
-    @property
+    @cached_property
     def first_copies(self) -> tuple[int, ...]:
         scene = self.scene
         assert scene.query is not None and scene.key is not None
@@ -198,23 +236,17 @@ class Rows(NamedTuple):
         group = scene.query.shape[1] // (scene.key.shape[1] // orders)
         return tuple(head // group * orders for head in self.heads)
 
-    def _of_choice(self, rows: list[int]) -> Tensor:
-        """int32 [B, heads]."""
-        result = torch.full_like(self.choice, rows[0], dtype=torch.int32)
-        for index, row in enumerate(rows[1:], 1):
-            result.masked_fill_(self.choice == index, row)
-        return result
-
     def _sampled(self, slot: Tensor) -> SampledRows:
         scene = self.scene
         assert scene.query is not None and scene.key is not None
-        return SampledRows.gather(
+        return SampledRows(
             scene.query,
             scene.key,
             scene.arrangement.query_order,
             scene.arrangement.query_tags,
             scene.arrangement.key_tags,
-            slot.int().unflatten(0, (scene.batch, -1)),
+            scene.key_positions(),
+            self._by_head(slot),
             self.query_row,
             self.key_row,
             self.heads,

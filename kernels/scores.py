@@ -3,6 +3,8 @@
 Each function returns, for some query tiles, the share of each key tile: float [N, rows, nK], 0 for empty tiles.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,33 +14,44 @@ from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tags import INVALID
 from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
+from mmcompile.kernels.tile_mass import mean_shares
 
+SAMPLES = 3  # queries of a tile
+SAMPLED_AT_ONCE = 2**25  # tiles: of each, three logarithms, 384 MiB in all
 ANTIDIAGONAL = 16  # queries and keys of one antidiagonal (XAttention's stride)
 
 
-def sample_slots(of: Rows, tile: Tensor) -> tuple[Tensor, ...]:
-    """Query slots that stand for each tile. tile: int64 [N, R], query tiles. Returns int64 [N, R] for each sample.
+# Kept, because they depend on lengths alone.
+@lru_cache(maxsize=64)
+def sample_slots(query_tiles: int, length: int, device: torch.device) -> Tensor:
+    """Query slots that stand for each query tile, int64 [SAMPLES, nQ].
 
     The first and the last: in raster order a slanted line enters the tile's keys at one and leaves them at the other;
     by site, where a tile holds queries of two sites, each has one of them. And one between, others from tile to tile.
     """
-    last = of.scene.query_modality.shape[1] - 1
+    tile = torch.arange(query_tiles, device=device)
     slots = tile * TILE, tile * TILE + TILE - 1, scattered(tile, TILE // 4)
-    return tuple(slot.clamp(max=last) for slot in slots)
+    return torch.stack(slots).clamp_(max=length - 1)
+
+
+def sampled_chunks(layout: Layout) -> list[slice]:
+    """Query tiles in runs that `sampled_mass` keeps few enough numbers of."""
+    count, query_tiles, key_tiles = layout.shape
+    step = max(1, SAMPLED_AT_ONCE // (count * key_tiles))
+    return [slice(start, min(start + step, query_tiles)) for start in range(0, query_tiles, step)]
 
 
 def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor]:
     """Exact attention of the samples of each tile, averaged; and what of it the columns hold, float [N, rows]."""
-    tile = torch.arange(rows.start, rows.stop, device=layout.pair.device).expand(of.rows, -1)
-    samples = sample_slots(of, tile)
-    slot = torch.cat(samples, -1)
-    mass, total = of.tile_mass(slot, None if columns is None else columns.cold)
-    held = torch.zeros_like(total)
-    if columns is not None:
+    scene = of.scene
+    samples = sample_slots(scene.query_tiles, scene.query_modality.shape[1], layout.pair.device)
+    slot = samples[:, rows].flatten().expand(of.rows, -1)
+    log_mass = of.tile_log_mass(slot, None if columns is None else columns.cold)
+    if columns is None:
+        in_columns = torch.full(slot.shape, float("-inf"), device=slot.device)
+    else:
         in_columns = of.slots_log_mass(slot, columns.slots, columns.listed)
-        held = torch.sigmoid(in_columns - total).nan_to_num_(0.0)  # both are -inf for a query that sees no key
-        mass = mass * (1.0 - held).unsqueeze(-1)
-    return tuple(part.unflatten(1, (len(samples), -1)).mean(1) for part in (mass, held))
+    return mean_shares(log_mass, in_columns, SAMPLES)
 
 
 def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:

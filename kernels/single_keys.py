@@ -26,14 +26,13 @@ class Columns(NamedTuple):
     def of(cls, rows: Rows, slot: Tensor, wanted: Tensor) -> "Columns":
         """slot: int64 [N, C], different key slots; wanted: bool [N, C], those to list."""
         scene = rows.scene
-        key_position = rows.of_pairs([scene.arrangement.key_tags[:, key, 0] for _, key in rows.pairs])
-        position = key_position.gather(-1, slot).masked_fill(~wanted, INVALID)
+        position = rows.at_keys(scene.arrangement.key_tags[:, :, 0], slot).masked_fill_(~wanted, INVALID)
         position, by_position = position.sort(-1)
         listed = slot.gather(-1, by_position).masked_fill_(position == INVALID, 0)
-        cold = torch.ones_like(key_position, dtype=torch.bool)
-        # Unwanted slots may repeat a wanted one, so they must not write.
-        spare = torch.where(wanted, slot, cold.shape[-1])
-        cold = torch.nn.functional.pad(cold, (0, 1)).scatter_(-1, spare, False)[:, :-1].contiguous()
+        # Unwanted slots may repeat a wanted one, so they write past the end.
+        keys = scene.key_tags.shape[-1]
+        cold = torch.ones(rows.rows, keys + 1, dtype=torch.bool, device=slot.device)
+        cold = cold.scatter_(-1, torch.where(wanted, slot, keys), False)[:, :keys]
         found = (position < INVALID).sum(-1, dtype=torch.int32)
         if scene.spans:  # later keys may be reached as well
             counts = found.unsqueeze(-1).expand(-1, scene.query_tiles)
@@ -75,7 +74,7 @@ def list_own_keys(rows: Rows, layout: Layout, room: int, most: int) -> OwnKeys:
     count, query_tiles, _ = layout.shape
     keys = scene.key_tags.shape[-1]
     key = rows.keys().float()  # [N, Sk, D]
-    key_position = rows.of_pairs([scene.arrangement.key_tags[:, key_row, 0] for _, key_row in rows.pairs])
+    key_position = rows.of_key_orders(scene.arrangement.key_tags[:, :, 0])
     last = rows.last_positions()
     step = max(1, SCORES_AT_ONCE // (count * keys))
     found = min(most, keys)

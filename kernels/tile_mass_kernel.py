@@ -1,8 +1,8 @@
-"""Triton kernels of `kernels/tile_mass.py` and their launches.
+"""Triton kernels of `tile_log_mass` and `slots_log_mass`, of `kernels/tile_mass.py`, and their launches.
 
-Both multiply sampled query rows with keys, a block of each at a time, and keep of the scores one number for each row
-and tile, or one for each key. A block whose keys all lie after its rows, or before their window, is not multiplied;
-blocks between two that are needed are.
+Sampled query rows are multiplied with keys, a block of each at a time, and of the scores one number is kept for each
+row and tile. A tile that no row of the block sees is not multiplied; only where some row sees a part of a tile are its
+elements compared.
 """
 
 import math
@@ -11,98 +11,71 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim
+from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim, takes_descriptors
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.sample_mask import (
+    as_bits,
+    classify_tiles,
+    element_allowed,
+    load_keys,
+    load_mask_tags,
+    load_samples,
+    load_tags,
+    lowest_bit,
+)
 from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.tile_mass import SampledRows
 
-RUN = 16  # most key tiles of one program, each with the rows' queries read once
-ENOUGH_PROGRAMS = 1024  # some for each multiprocessor of the largest GPUs: with fewer, runs are shorter
+RUN = 32  # most key tiles of one program, a bit each, with the rows' queries read once
+REGISTERS = 128  # of a thread
+ENOUGH_PROGRAMS = 2048  # some for each multiprocessor of the largest GPUs: with fewer, runs are shorter
 # Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-UNSPECIALIZED = ["plans", "orders", "samples", "key_length", "run", "scale_log2", "window", "skip_tiles"]
-
-
-@triton.jit
-def _load_rows(source, start, row_stride, length, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows from `start`, [ROWS, BLOCK_D]; zeros past the length and past D."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    # The tensor of offsets stays the same from step to step; only a scalar moves.
-    offsets = row.to(tl.int64)[:, None] * row_stride + column[None, :]
-    pointers = (source + start.to(tl.int64) * row_stride) + offsets
-    return tl.load(pointers, mask=(row < length - start)[:, None] & (column < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_tags(tags, slot, length, ABSENT: tl.constexpr, SEGMENTS: tl.constexpr, SPANS: tl.constexpr):
-    """Position, segment and span of some slots. Slots past the end have the position ABSENT and no span.
-
-    Tags that the mask does not read are not loaded, and hold anything.
-    """
-    inside = slot < length
-    position = tl.load(tags + slot, mask=inside, other=ABSENT)
-    segment = position
-    span = position
-    # Lengths are added to the pointer one by one: their sum may pass 32 bits.
-    if SEGMENTS:
-        segment = tl.load(tags + length + slot, mask=inside, other=0)
-    if SPANS:
-        span = tl.load(tags + length + length + slot, mask=inside, other=-2)
-    return position, segment, span
-
-
-@triton.jit
-def _allowed(
-    q_position,
-    q_segment,
-    q_span,
-    k_position,
-    k_segment,
-    k_span,
-    window,
-    WINDOW: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SPANS: tl.constexpr,
-):
-    """The element mask of tags that broadcast against each other."""
-    allowed = k_position <= q_position
-    if SPANS:
-        allowed |= (k_span == q_span) & (q_span >= 0)
-    if WINDOW:
-        allowed &= k_position > q_position - window
-    if SEGMENTS:
-        allowed &= k_segment == q_segment
-    return allowed
-
-
-@triton.jit
-def _may_see(q_first, q_last, k_first, k_last, window, WINDOW: tl.constexpr, SPANS: tl.constexpr):
-    """Whether queries and keys between these positions may hold an allowed element."""
-    # A key of the query's span may come after it.
-    may = SPANS | (k_first <= q_last)
-    if WINDOW:
-        may &= k_last > q_first - window
-    return may
+UNSPECIALIZED = [
+    "plans",
+    "query_orders",
+    "key_orders",
+    "samples",
+    "query_length",
+    "key_length",
+    "run",
+    "scale_log2",
+    "window",
+    "entries",
+]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _tile_log_mass_kernel(
     query,
     key,
+    query_order,
     query_tags,
     key_tags,
+    slots,
+    query_row,
     key_row,
+    head,
     key_head,
-    cold,
+    key_positions,
+    bounds,
+    walk,
+    bias,
     output,
+    query_batch_stride,
+    query_head_stride,
+    query_row_stride,
     key_batch_stride,
     key_head_stride,
     key_row_stride,
     plans,
-    orders,
+    query_orders,
+    key_orders,
     samples,
+    query_length,
     key_length,
     run,
     scale_log2,
@@ -113,6 +86,8 @@ def _tile_log_mass_kernel(
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
     RUN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    WALK: tl.constexpr,
     COLD: tl.constexpr,
     WINDOW: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -126,47 +101,193 @@ def _tile_log_mass_kernel(
     key_tiles = tl.cdiv(key_length, TILE)
     runs = tl.cdiv(key_tiles, run)
     first_tile = program // plans // blocks % runs * run
-    batch = (program // plans // blocks // runs).to(tl.int64)
-    row = batch * plans + plan
-    order = tl.load(key_row + row)
-    copy = tl.load(key_head + plan) + order
-    query += row * samples * D
-    query_tags += row * 3 * samples
-    key += batch * key_batch_stride + copy.to(tl.int64) * key_head_stride
-    key_tags += (batch * orders + order) * 3 * key_length
-    if COLD:
-        cold += row * key_length
+    batch = program // plans // blocks // runs
+    row = batch.to(tl.int64) * plans + plan
+    query_order_row = batch.to(tl.int64) * query_orders + tl.load(query_row + row)
+    key_order = tl.load(key_row + row)
+    key_order_row = batch.to(tl.int64) * key_orders + key_order
+    copy = tl.load(key_head + plan) + key_order
+    query += batch.to(tl.int64) * query_batch_stride + tl.load(head + plan).to(tl.int64) * query_head_stride
+    if not DESCRIPTOR:
+        key += batch.to(tl.int64) * key_batch_stride + copy.to(tl.int64) * key_head_stride
+        bias += row * key_tiles * TILE
+    query_tags += query_order_row * 3 * query_length
+    key_tags += key_order_row * 3 * key_length
+    key_positions += key_order_row * key_tiles * TILE
 
-    q = _load_rows(query, block * BLOCK_M, D, samples, D, BLOCK_M, BLOCK_D)
     sample = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    # A row past the end sees nothing: no key lies at or before position -1.
-    q_position, q_segment, q_span = _load_tags(query_tags, sample, samples, -1, SEGMENTS, SPANS)
-
-    # The part of the run between the first and the last tile that the block may see.
+    if WALK:
+        sample = tl.load(walk + row * samples + sample, mask=sample < samples, other=samples)
+    q, q_position, q_segment, q_span = load_samples(
+        query,
+        query_order + query_order_row * query_length,
+        query_tags,
+        slots + row * samples,
+        sample,
+        samples,
+        query_row_stride,
+        query_length,
+        D,
+        BLOCK_D,
+        SEGMENTS,
+        SPANS,
+    )
     index = tl.arange(0, RUN)
     tile = first_tile + index
-    slots = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = (index < run)[:, None] & (slots < key_length)
-    positions = tl.load(key_tags + slots, mask=inside, other=2147483647)
-    k_first = tl.min(positions, 1)
-    k_last = tl.max(tl.where(positions == 2147483647, -1, positions), 1)
+    inside = (index < run) & (tile < key_tiles)
     q_first = tl.min(tl.where(sample < samples, q_position, 2147483647))
-    may = (index < run) & (tile < key_tiles)
-    may &= _may_see(q_first, tl.max(q_position), k_first, k_last, window, WINDOW, SPANS)
-    begin = tl.min(tl.where(may, index, RUN))
-    end = tl.max(tl.where(may, index + 1, 0))
+    may, whole = classify_tiles(
+        bounds + key_order_row * 3 * key_tiles,
+        tile,
+        inside,
+        key_tiles,
+        q_first,
+        tl.max(q_position),
+        window,
+        WINDOW,
+        SEGMENTS,
+        SPANS,
+    )
+    output += row * samples * key_tiles + first_tile
+    target = output + sample.to(tl.int64) * key_tiles
+    unseen = (sample < samples)[:, None] & (inside & ~may)[None, :]
+    tl.store(target[:, None] + index[None, :], tl.full([BLOCK_M, RUN], float("-inf"), tl.float32), mask=unseen)
 
-    result = tl.full([BLOCK_M, RUN], float("-inf"), tl.float32)
+    todo = as_bits(may, index)
+    compared = as_bits(may & ~whole, index)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     SPLIT: tl.constexpr = TILE // BLOCK_N
-    for step in range(begin * SPLIT, end * SPLIT):
-        start = first_tile * TILE + step * BLOCK_N
-        k = _load_rows(key, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    for step in range(tl.sum(may.to(tl.int32)) * SPLIT):
+        next_tile, bit = lowest_bit(todo)
+        start = (first_tile + next_tile) * TILE + step % SPLIT * BLOCK_N
+        k = load_keys(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_N, BLOCK_D, DESCRIPTOR)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         slot = start + tl.arange(0, BLOCK_N)
-        k_position, k_segment, k_span = _load_tags(key_tags, slot, key_length, 2147483647, SEGMENTS, SPANS)
-        allowed = _allowed(
+        if COLD:
+            if DESCRIPTOR:
+                scores += bias.load([row.to(tl.int32), start]).reshape(BLOCK_N)[None, :]
+            else:
+                scores += tl.load(bias + slot)[None, :]
+        if (compared & bit) != 0:
+            k_position = tl.load(key_positions + slot)
+            k_segment, k_span = load_mask_tags(
+                key_tags, k_position, slot, slot < key_length, key_length, SEGMENTS, SPANS
+            )
+            allowed = element_allowed(
+                q_position[:, None],
+                q_segment[:, None],
+                q_span[:, None],
+                k_position[None, :],
+                k_segment[None, :],
+                k_span[None, :],
+                window,
+                WINDOW,
+                SEGMENTS,
+                SPANS,
+            )
+            scores = tl.where(allowed, scores, float("-inf"))
+        new_maximum = tl.max(scores, 1) * scale_log2
+        if SPLIT > 1:  # a tile goes on where the last step left it
+            maximum = tl.where(step % SPLIT == 0, float("-inf"), maximum)
+            total = tl.where(step % SPLIT == 0, 0.0, total)
+            new_maximum = tl.maximum(maximum, new_maximum)
+        # Rows that see no key of the tile have a maximum of -inf; subtracting it would give NaN.
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.sum(tl.math.exp2(tl.math.fma(scores, scale_log2, -shift[:, None])), 1)
+        if SPLIT > 1:
+            weights += total * tl.math.exp2(maximum - shift)
+        maximum = new_maximum
+        total = weights
+        if step % SPLIT == SPLIT - 1:
+            # A total of 0 has no logarithm; every other one is at least 1, its greatest term.
+            log2_mass = tl.where(maximum == float("-inf"), maximum, maximum + tl.math.log2(tl.maximum(total, 1.0)))
+            tl.store(target + next_tile, log2_mass * 0.6931471805599453, mask=sample < samples)
+        todo = tl.where(step % SPLIT == SPLIT - 1, todo ^ bit, todo)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _slots_log_mass_kernel(
+    query,
+    key,
+    query_order,
+    query_tags,
+    key_tags,
+    slots,
+    query_row,
+    key_row,
+    head,
+    key_head,
+    key_slots,
+    listed,
+    output,
+    query_batch_stride,
+    query_head_stride,
+    query_row_stride,
+    key_batch_stride,
+    key_head_stride,
+    key_row_stride,
+    plans,
+    query_orders,
+    key_orders,
+    samples,
+    query_length,
+    key_length,
+    entries,
+    scale_log2,
+    window,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    plan = program % plans
+    blocks = tl.cdiv(samples, BLOCK_M)
+    block = program // plans % blocks
+    batch = (program // plans // blocks).to(tl.int64)
+    row = batch * plans + plan
+    query_order_row = batch * query_orders + tl.load(query_row + row)
+    key_order = tl.load(key_row + row)
+    copy = tl.load(key_head + plan) + key_order
+    query += batch * query_batch_stride + tl.load(head + plan).to(tl.int64) * query_head_stride
+    key += batch * key_batch_stride + copy.to(tl.int64) * key_head_stride
+    key_tags += (batch * key_orders + key_order) * 3 * key_length
+    key_slots += row * entries
+
+    sample = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    q, q_position, q_segment, q_span = load_samples(
+        query,
+        query_order + query_order_row * query_length,
+        query_tags + query_order_row * 3 * query_length,
+        slots + row * samples,
+        sample,
+        samples,
+        query_row_stride,
+        query_length,
+        D,
+        BLOCK_D,
+        SEGMENTS,
+        SPANS,
+    )
+    count = tl.load(listed + row)
+    column = tl.arange(0, BLOCK_D)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for step in range(tl.cdiv(count, BLOCK_N)):
+        entry = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Past the list the last key comes again, where no mask is needed to load it, and no query sees it.
+        slot = tl.load(key_slots + tl.minimum(entry, count - 1))
+        pointers = key + (slot.to(tl.int64)[:, None] * key_row_stride + column[None, :])
+        k = tl.load(pointers) if D == BLOCK_D else tl.load(pointers, mask=column[None, :] < D, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        k_position, k_segment, k_span = load_tags(
+            key_tags, slot, entry < count, key_length, 2147483647, SEGMENTS, SPANS
+        )
+        allowed = element_allowed(
             q_position[:, None],
             q_segment[:, None],
             q_span[:, None],
@@ -178,236 +299,144 @@ def _tile_log_mass_kernel(
             SEGMENTS,
             SPANS,
         )
-        if COLD:
-            allowed &= (tl.load(cold + slot, mask=slot < key_length, other=0) != 0)[None, :]
         scores = tl.where(allowed, scores, float("-inf"))
-        if SPLIT > 1:  # a tile goes on where the last step left it
-            maximum = tl.where(step % SPLIT == 0, float("-inf"), maximum)
-            total = tl.where(step % SPLIT == 0, 0.0, total)
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        else:
-            new_maximum = tl.max(scores, 1)
-        # Rows that see no key of the tile have a maximum of -inf; subtracting it would give NaN.
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.sum(tl.math.exp2(scores - shift[:, None]), 1)
-        if SPLIT > 1:
-            weights += total * tl.math.exp2(maximum - shift)
+        total = total * tl.math.exp2(maximum - shift) + tl.sum(tl.math.exp2(scores - shift[:, None]), 1)
         maximum = new_maximum
-        total = weights
-        # A total of 0 has no logarithm; every other one is at least 1, its greatest term.
-        log2_mass = tl.where(maximum == float("-inf"), maximum, maximum + tl.math.log2(tl.maximum(total, 1.0)))
-        result = tl.where((index == step // SPLIT)[None, :], log2_mass[:, None], result)
-
-    output += row * samples * key_tiles + first_tile
-    target = output + sample.to(tl.int64)[:, None] * key_tiles + index[None, :]
-    inside = (sample < samples)[:, None] & ((index < run) & (tile < key_tiles))[None, :]
-    tl.store(target, result * 0.6931471805599453, mask=inside)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def _column_mass_kernel(
-    query,
-    key,
-    query_tags,
-    key_tags,
-    key_row,
-    key_head,
-    log_total,
-    own_tile,
-    output,
-    key_batch_stride,
-    key_head_stride,
-    key_row_stride,
-    plans,
-    orders,
-    samples,
-    key_length,
-    skip_tiles,
-    scale_log2,
-    window,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    RUN: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SPANS: tl.constexpr,
-):
-    # Neighbouring programs read the same keys, so that those with one key copy meet in the L2 cache.
-    program = tl.program_id(0)
-    plan = program % plans
-    key_blocks = tl.cdiv(key_length, BLOCK_M)
-    start = program // plans % key_blocks * BLOCK_M
-    batch = (program // plans // key_blocks).to(tl.int64)
-    row = batch * plans + plan
-    order = tl.load(key_row + row)
-    copy = tl.load(key_head + plan) + order
-    query += row * samples * D
-    query_tags += row * 3 * samples
-    log_total += row * samples
-    own_tile += row * samples
-    key += batch * key_batch_stride + copy.to(tl.int64) * key_head_stride
-    key_tags += (batch * orders + order) * 3 * key_length
-
-    # Keys are the rows of the product, so that a key's sum over samples stays within a warp.
-    k = _load_rows(key, start, key_row_stride, key_length, D, BLOCK_M, BLOCK_D)
-    slot = start + tl.arange(0, BLOCK_M)
-    k_position, k_segment, k_span = _load_tags(key_tags, slot, key_length, 2147483647, SEGMENTS, SPANS)
-    tile = start // TILE
-
-    # The blocks of samples from the first to the last one that may see a key of these.
-    k_first = tl.min(k_position)
-    k_last = tl.max(tl.where(k_position == 2147483647, -1, k_position))
-    blocks = tl.cdiv(samples, BLOCK_N)
-    begin = blocks
-    end = 0
-    for first_block in range(0, blocks, RUN):
-        index = first_block + tl.arange(0, RUN)
-        several = index[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        positions = tl.load(query_tags + several, mask=several < samples, other=-1)
-        q_first = tl.min(tl.where(several < samples, positions, 2147483647), 1)
-        may = (index < blocks) & _may_see(q_first, tl.max(positions, 1), k_first, k_last, window, WINDOW, SPANS)
-        begin = tl.minimum(begin, tl.min(tl.where(may, index, blocks)))
-        end = tl.maximum(end, tl.max(tl.where(may, index + 1, 0)))
-
-    total = tl.zeros([BLOCK_M], tl.float32)
-    count = tl.zeros([BLOCK_M], tl.float32)
-    for step in range(end - begin):
-        block = begin + step
-        q = _load_rows(query, block * BLOCK_N, D, samples, D, BLOCK_N, BLOCK_D)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        sample = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        q_position, q_segment, q_span = _load_tags(query_tags, sample, samples, -1, SEGMENTS, SPANS)
-        log2_total = tl.load(log_total + sample, mask=sample < samples, other=float("-inf")) * 1.4426950408889634
-        own = tl.load(own_tile + sample, mask=sample < samples, other=0)
-        counted = (log2_total > float("-inf")) & ((tile <= own - skip_tiles) | (tile > own))
-        # A row that does not count sees nothing, like one past the end.
-        q_position = tl.where(counted, q_position, -1)
-        if SPANS:
-            q_span = tl.where(counted, q_span, -1)
-        shift = tl.where(counted, log2_total, 0.0)
-        allowed = _allowed(
-            q_position[None, :],
-            q_segment[None, :],
-            q_span[None, :],
-            k_position[:, None],
-            k_segment[:, None],
-            k_span[:, None],
-            window,
-            WINDOW,
-            SEGMENTS,
-            SPANS,
-        )
-        weights = tl.math.exp2(tl.where(allowed, scores * scale_log2 - shift[None, :], float("-inf")))
-        total += tl.sum(weights, 1)
-        count += tl.sum(allowed.to(tl.float32), 1)
-
-    output += row * key_length
-    tl.store(output + slot, total / tl.maximum(count, 1.0), mask=slot < key_length)
+    log2_mass = tl.where(maximum == float("-inf"), maximum, maximum + tl.math.log2(tl.maximum(total, 1.0)))
+    tl.store(output + row * samples + sample, log2_mass * 0.6931471805599453, mask=sample < samples)
 
 
 def tile_log_mass(sampled: SampledRows, cold: Tensor | None, config: Config | None = None) -> Tensor:
     """`tile_log_mass` of tile_mass.py for CUDA tensors. config: launch shape, for tests and measurements."""
     config = config or launch_config(sampled.query)
-    batch, plans, samples, _ = sampled.query.shape
+    batch, plans, samples = sampled.slots.shape
     key_tiles = tile_count(sampled.key.shape[2])
     output = torch.empty(batch, plans, samples, key_tiles, dtype=torch.float32, device=sampled.query.device)
     if output.numel() == 0:
         return output
     rows = batch * plans * triton.cdiv(samples, config.block_m)
     run = min(RUN, max(1, rows * key_tiles // ENOUGH_PROGRAMS))
-    key = _unit_columns(sampled.key)
+    query, key = unit_columns(sampled.query), unit_columns(sampled.key)
+    descriptor = takes_descriptors(key)
+    walk = sampled.walk() if samples > config.block_m else None
     with torch.cuda.device_of(key):
         # Everything on the first grid axis: the others end at 65,535.
         _tile_log_mass_kernel[(rows * triton.cdiv(key_tiles, run),)](
-            *_shared_arguments(sampled, key),
-            sampled.key_row if cold is None else cold.contiguous().view(torch.uint8),  # not read where None
+            query,
+            key_descriptor(key, config.block_n) if descriptor else key,
+            *shared_arguments(sampled),
+            *sampled.key_positions,
+            sampled.slots if walk is None else walk,  # not read where None
+            sampled.key_row if cold is None else _bias(cold, config.block_n if descriptor else None),
             output,
+            *query.stride()[:3],
             *key.stride()[:3],
-            *_lengths(sampled),
+            *lengths(sampled),
             run,
             sampled.scale / math.log(2.0),
-            sampled.window or 0,
+            sampled.length,
+            TILE=TILE,
+            RUN=RUN,
+            DESCRIPTOR=descriptor,
+            WALK=walk is not None,
             COLD=cold is not None,
-            **_launch_shape(sampled, config),
+            **launch_shape(sampled, config),
         )
     return output
 
 
-def column_mass(
-    sampled: SampledRows, log_total: Tensor, own_tile: Tensor, skip_tiles: int, config: Config | None = None
-) -> Tensor:
-    """`column_mass` of tile_mass.py for CUDA tensors. config: launch shape, for tests and measurements."""
-    config = config or launch_config(sampled.query)
-    batch, plans = sampled.query.shape[:2]
-    key_length = sampled.key.shape[2]
-    output = torch.empty(batch, plans, key_length, dtype=torch.float32, device=sampled.query.device)
+def slots_log_mass(sampled: SampledRows, key_slots: Tensor, listed: Tensor, config: Config | None = None) -> Tensor:
+    """`slots_log_mass` of tile_mass.py for CUDA tensors. config: launch shape, for tests and measurements."""
+    config = config or gather_config(sampled.query)
+    batch, plans, samples = sampled.slots.shape
+    output = torch.empty(batch, plans, samples, dtype=torch.float32, device=sampled.query.device)
     if output.numel() == 0:
         return output
-    key = _unit_columns(sampled.key)
+    query, key = unit_columns(sampled.query), unit_columns(sampled.key)
     with torch.cuda.device_of(key):
-        _column_mass_kernel[(batch * plans * triton.cdiv(key_length, config.block_m),)](
-            *_shared_arguments(sampled, key),
-            log_total.contiguous(),
-            own_tile.contiguous(),
+        _slots_log_mass_kernel[(batch * plans * triton.cdiv(samples, config.block_m),)](
+            query,
+            key,
+            *shared_arguments(sampled),
+            key_slots.contiguous(),
+            listed.contiguous(),
             output,
+            *query.stride()[:3],
             *key.stride()[:3],
-            *_lengths(sampled),
-            skip_tiles,
+            *lengths(sampled),
+            key_slots.shape[2],
             sampled.scale / math.log(2.0),
-            sampled.window or 0,
-            **_launch_shape(sampled, config),
+            sampled.length,
+            **launch_shape(sampled, config),
         )
     return output
+
+
+def _bias(cold: Tensor, descriptor_rows: int | None) -> Tensor | TensorDescriptor:
+    """What is added to the scores of the keys of whole tiles: 0, or -inf where they count for nothing."""
+    missing = -cold.shape[2] % TILE
+    cold = cold.flatten(0, 1)
+    bias = (pad(cold, (0, missing), value=True) if missing else cold.contiguous()).log()  # float32 [B * P, nK * TILE]
+    return bias if descriptor_rows is None else TensorDescriptor.from_tensor(bias, [1, descriptor_rows])
 
 
 def launch_config(query: Tensor) -> Config:
-    """Launch shape for samples [B, P, R, D]: attention's, made smaller.
-
-    Steps are few, so that more programs at a time pay better than larger products.
-    """
+    """Launch shape for queries [B, H, Sq, D]: attention's, with room for two programs of a multiprocessor, so that one
+    multiplies while the other takes exponentials."""
     config = attention_config(query)
-    return config._replace(
-        block_m=min(config.block_m, 64),
-        block_n=min(config.block_n, 64),
-        warps=4 if query.element_size() == 2 else config.warps,
-        # With one stage float32 spills: the compiler loads whole rows ahead of the products.
-        stages=max(config.stages, 2),
-    )
+    # With one stage float32 spills: the compiler loads whole rows ahead of the products.
+    return config._replace(stages=2)
 
 
-def _unit_columns(key: Tensor) -> Tensor:
-    return key if key.stride(3) == 1 else key.contiguous()
+def gather_config(query: Tensor) -> Config:
+    """Launch shape for keys that are loaded one by one: their addresses take registers."""
+    config = launch_config(query)
+    return config._replace(block_n=min(config.block_n, 64))
 
 
-def _shared_arguments(sampled: SampledRows, key: Tensor) -> tuple[Tensor, ...]:
-    """What both kernels take first."""
+def unit_columns(rows: Tensor) -> Tensor:
+    return rows if rows.stride(3) == 1 else rows.contiguous()
+
+
+def key_descriptor(key: Tensor, rows: int) -> TensorDescriptor:
+    """[B, C, Sk, D] for the bulk copy engine, which minds the stride even of a dimension of size 1."""
+    width = padded_head_dim(key.shape[3])
+    whole = triton.cdiv(key.shape[3], 16) * 16
+    strides = [whole if size == 1 else stride for size, stride in zip(key.shape, key.stride(), strict=True)]
+    return TensorDescriptor(key, list(key.shape), [*strides[:3], 1], [1, 1, rows, width])
+
+
+def shared_arguments(sampled: SampledRows) -> tuple[Tensor, ...]:
+    """What the kernels take after query and key."""
     return (
-        sampled.query,
-        key,
-        sampled.query_tags,
+        sampled.query_order.contiguous(),
+        sampled.query_tags.contiguous(),
         sampled.key_tags.contiguous(),
+        sampled.slots.contiguous(),
+        sampled.query_row.contiguous(),
         sampled.key_row.contiguous(),
-        head_indices(sampled.key_head, key.device),
+        head_indices(sampled.heads, sampled.query.device),
+        head_indices(sampled.key_head, sampled.query.device),
     )
 
 
-def _lengths(sampled: SampledRows) -> tuple[int, int, int, int]:
-    """Rows, key orders, samples and keys."""
-    return sampled.query.shape[1], sampled.key_tags.shape[1], sampled.query.shape[2], sampled.key.shape[2]
+def lengths(sampled: SampledRows) -> tuple[int, ...]:
+    """Rows, query orders, key orders, samples, queries and keys."""
+    _, plans, samples = sampled.slots.shape
+    orders = sampled.query_order.shape[1], sampled.key_tags.shape[1]
+    return plans, *orders, samples, sampled.query.shape[2], sampled.key.shape[2]
 
 
-def _launch_shape(sampled: SampledRows, config: Config) -> dict[str, int | bool]:
+def launch_shape(sampled: SampledRows, config: Config) -> dict[str, int | bool]:
     width = sampled.query.shape[3]
-    return {
+    causal = sampled.window is None and not sampled.segments and not sampled.spans
+    shape = {
         "D": width,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": padded_head_dim(width),
-        "TILE": TILE,
-        "RUN": RUN,
         "WINDOW": sampled.window is not None,
         "SEGMENTS": sampled.segments,
         "SPANS": sampled.spans,
@@ -416,3 +445,7 @@ def _launch_shape(sampled: SampledRows, config: Config) -> dict[str, int | bool]
         # Named, because Triton 3.10 changes the default and 3.9 warns of it.
         "enable_fp_fusion": True,
     }
+    if causal and sampled.query.is_cuda and not torch.version.hip:
+        # Room for two programs of eight warps; with more of the mask, registers would spill.
+        shape["maxnreg"] = REGISTERS
+    return shape

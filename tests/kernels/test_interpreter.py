@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcompile.kernels import block_sparse, ops, permute, permute_cpu, tile_mass, tile_mass_kernel
+from mmcompile.kernels import (
+    block_sparse,
+    column_mass_kernel,
+    ops,
+    permute,
+    permute_cpu,
+    tile_mass,
+    tile_mass_kernel,
+    tile_shares_kernel,
+)
 from mmcompile.kernels.attention_config import LARGE, SMALL, Config, padded_head_dim
 from tests.kernels.pattern_cases import PatternCase, check_case, combinations
 from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, unread, walk_cases
@@ -123,7 +132,12 @@ def every_op_by_triton(monkeypatch):
     monkeypatch.setattr(ops, "_row_copies", lambda device: permute)
     monkeypatch.setattr(ops, "_executor", lambda device: SimpleNamespace(block_sparse_attention=attention))
     monkeypatch.setattr(tile_mass, "tile_log_mass_cpu", tile_mass_kernel.tile_log_mass)
-    monkeypatch.setattr(tile_mass, "column_mass_cpu", tile_mass_kernel.column_mass)
+    monkeypatch.setattr(tile_mass, "column_mass_cpu", column_mass_kernel.column_mass)
+    monkeypatch.setattr(tile_mass, "slots_log_mass_cpu", tile_mass_kernel.slots_log_mass)
+    monkeypatch.setattr(tile_mass, "tile_shares_cpu", tile_shares_kernel.tile_shares)
+    monkeypatch.setattr(tile_mass, "mean_shares_cpu", tile_shares_kernel.mean_shares)
+    monkeypatch.setattr(tile_mass, "spread_out_share_cpu", tile_shares_kernel.spread_out_share)
+    monkeypatch.setattr(tile_mass, "listed_share_cpu", tile_shares_kernel.listed_share)
 
 
 @pytest.mark.parametrize("seed", range(0, len(combinations()), 4))

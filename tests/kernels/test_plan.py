@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels import tile_bounds
 from mmcompile.kernels.arrange import arrange
+from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE, HeadPattern, distinct_orders, encode, encode_orders
 from mmcompile.kernels.plan import empty_plan, plan, plan_shapes
 from tests.kernels.plan_cases import Made, PlanCase, by_site, by_tile, plan_cases, site_cases, wholly
@@ -486,6 +487,15 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def no_kept_tables() -> Iterator[None]:
+    """Tables that are kept from call to call hold data, and fake ones must not outlive their mode."""
+    head_indices.cache_clear()
+    yield
+    head_indices.cache_clear()
+
+
+@pytest.mark.usefixtures("no_kept_tables")
 @pytest.mark.parametrize("cap", [None, 0.1])
 def test_a_million_tokens_need_no_host_value_and_no_huge_temporary(cap: float | None) -> None:
     length = 2**20
