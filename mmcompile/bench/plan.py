@@ -49,8 +49,9 @@ class PlanBench:
             f"video of {FRAME[0] * FRAME[1]} tokens per frame, random data (estimated patterns spend their whole cap). "
             "Times of the parts are the GPU's, with all launches made beforehand; host ms is what launching arrange, "
             "plan and permutations takes; whole ms is one attention as a waiting caller sees it, all parts in it. A "
-            "compiled model runs arrange once for all layers, so that the share leaves it out. Median of runs in "
-            "turns, the spread is half their range"
+            "compiled model runs arrange once for all layers, so that the share leaves it out. Permutations are of "
+            "keys and values; those of queries and outputs are in the attention's time, as copies below 65,536 tokens. "
+            "Median of runs in turns, the spread is half their range"
         )
 
     @property
