@@ -184,11 +184,12 @@ class AShape:
         )
 
     def nearest(self, window: int | None) -> Intervals:
-        """One key for each query: itself, else the nearest valid one before it, else the nearest after it.
+        """One key for each query: itself, else the nearest valid one of its segment before it, else the nearest after.
 
-        It keeps a row with any allowed key from being without tiles, whatever a cap takes away: the nearest
-        key before is allowed if any before is, and one after can only be allowed by a span, which is
-        contiguous.
+        It keeps a row with any allowed key from being without tiles, whatever a cap takes away. If any key before is
+        allowed, the nearest is. A key after is allowed by a span alone, and where spans are runs of tokens, the nearest
+        valid one is of the span if any is; where a span goes on after a gap it may not be, and a query with no key
+        before it can be left without tiles.
         """
         before = self.before
         if window is not None:

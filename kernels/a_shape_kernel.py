@@ -60,7 +60,8 @@ def _rank_after(keys, value, length, steps):
 @triton.jit
 def _key_of(keys, rank, length):
     """Position of the key of a rank, int64; arbitrary where the rank is no key's."""
-    return tl.load(keys + tl.minimum(tl.maximum(rank, 0), length - 1)) % length
+    rest = tl.load(keys + tl.minimum(tl.maximum(rank, 0), length - 1)) % length
+    return tl.where(rest < 0, rest + length, rest)  # of a segment below 0
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Block-sparse attention over the tile lists of a plan: the portable Triton kernel and its launch.
+"""Block-sparse attention over the tile lists of a plan: which kernel runs, and the portable Triton one.
 
 One program computes one block of query rows of one head. It walks the row's full tiles with no mask
 arithmetic, then its partial tiles with the element mask read from the tags, then its columns: single keys,
@@ -11,10 +11,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmcompile.kernels import block_sparse_hopper
-from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim, takes_descriptors
+from mmcompile.kernels import hopper_support
+from mmcompile.kernels.attention_config import (
+    Config,
+    attention_config,
+    key_descriptor,
+    padded_head_dim,
+    takes_descriptors,
+)
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.permute import permute, unpermute
@@ -280,12 +285,15 @@ def block_sparse_attention(
 ) -> Tensor:
     """The op of that name for CUDA tensors; arguments as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    hopper = query.numel() and key.numel() and block_sparse_hopper.runs(query, key, value, walk.columns.shape[2])
-    if query_order is not None and not (hopper and query.shape[2] >= block_sparse_hopper.FOLDS_FROM):
+    hopper = hopper_support.runs(query, key, value, walk.columns.shape[2])
+    if query_order is not None and not (hopper and query.shape[2] >= hopper_support.FOLDS_FROM):
         query = permute(query, query_order, walk.query_row, range(query.shape[1]), walk.head_plan)
         output = block_sparse_attention(query, key, value, walk, scale)
         return unpermute(output, query_order, walk.query_row, walk.head_plan)
     if hopper:
+        # Imported where it runs: another version of Triton may have no Gluon, or another one.
+        from mmcompile.kernels import block_sparse_hopper
+
         return block_sparse_hopper.launch(query, key, value, walk, scale, query_order)
     descriptors = takes_descriptors(key) and takes_descriptors(value)
     return launch(query, key, value, walk, scale, attention_config(query), descriptors)
@@ -307,7 +315,6 @@ def launch(
     if output.numel() == 0 or key_length == 0:
         return output.zero_().transpose(1, 2)
     padded = padded_head_dim(width)
-    block = [1, 1, config.block_n, padded]
     # Everything on the first grid axis: the others end at 65,535.
     grid = (batch * heads * triton.cdiv(query_length, config.block_m),)
     with torch.cuda.device_of(query):
@@ -315,8 +322,8 @@ def launch(
             query,
             key,  # columns are gathered through pointers, whatever loads the tiles
             value,
-            _descriptor(key, block) if descriptors else key,
-            _descriptor(value, block) if descriptors else value,
+            key_descriptor(key, config.block_n) if descriptors else key,
+            key_descriptor(value, config.block_n) if descriptors else value,
             output,
             *(tensor.contiguous() for tensor in walk[:8]),
             head_indices(walk.head_plan, query.device),
@@ -351,10 +358,3 @@ def launch(
             enable_fp_fusion=True,
         )
     return output.transpose(1, 2)
-
-
-def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """[B, C, S, D] for the bulk copy engine, which minds the stride even of a dimension of size 1."""
-    row = triton.cdiv(tensor.shape[3], 16) * 16
-    strides = [row if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], block)

@@ -10,6 +10,9 @@ exponentials nor for the beginning or the end of an item.
 
 Buffers go round by barriers: `full` says that what is in one may be used, `empty` that it may be written again; `turn`
 counts items, `index` tiles, `masked` tiles with a mask.
+
+Keys and values are finite: what no query sees of a tile, or of a list's last columns, is multiplied by 0, and an item
+without tiles multiplies one by 0.
 """
 
 import math
@@ -24,7 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mmcompile.kernels.attention_config import padded_head_dim, takes_descriptors
+from mmcompile.kernels.attention_config import bulk_copy_strides, padded_head_dim
 from mmcompile.kernels.gather_columns import gather_columns
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.hopper_attend import attend_first, attend_second
@@ -33,12 +36,7 @@ from mmcompile.kernels.hopper_ring import BLOCK_M, FIELDS, ROWS
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_walk import MAX_WINDOW, TileWalk
 
-# Gluon changes from one version to the next; elsewhere the portable kernel runs.
-MEASURED_ON = ("3.6",)
-# Query tokens from which the kernel itself gathers and scatters rows. Measured on an H200: 128K tokens take 5.12 ms
-# where permute, kernel and unpermute take 6.04; at 32K one warp's gathering costs what the two copies do.
-FOLDS_FROM = 65536
-MOST_COLUMNS = 8192  # of a plan row; they are gathered for each head, which for many more would take the keys' own room
+LEAST_SCALE = 1e-30  # all scores alike, in float32
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -51,7 +49,8 @@ class Shape(NamedTuple):
     slots: int = 4
 
 
-# Keyed on the padded head dim. Measured on an H200; 227 KiB of shared memory hold no more.
+# Keyed on the padded head dim, which `hopper_support.HEAD_DIMS` lists. Measured on an H200; 227 KiB of shared memory
+# hold no more.
 SHAPES = {64: Shape(128, 4, 2), 128: Shape(128, 2, 2), 256: Shape(64, 2, 1)}
 CONSUMER_REGISTERS, OTHER_REGISTERS = gl.constexpr(216), gl.constexpr(72)
 
@@ -178,33 +177,6 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this kernel does not run there; None where it does."""
-    if dtype not in DTYPES:
-        return f"{dtype} has no matrix units that this kernel uses"
-    if padded_head_dim(head_dim) not in SHAPES:
-        return f"head dim {head_dim} was not measured"
-    return _why_not_there(device)
-
-
-@lru_cache
-def _why_not_there(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
-        return "not a Hopper GPU"
-    version = ".".join(triton.__version__.split(".")[:2])
-    return None if version in MEASURED_ON else f"not measured on Triton {version}"
-
-
-def runs(query: Tensor, key: Tensor, value: Tensor, columns: int) -> bool:
-    """Whether this kernel takes these tensors. query: [B, H, Sq, D], key, value: [B, C, Sk, D]. columns: the most that
-    a plan row may list."""
-    return (
-        why_not(query.device, query.dtype, query.shape[3]) is None
-        and columns <= MOST_COLUMNS
-        and all(takes_descriptors(tensor) for tensor in (query, key, value))
-    )
-
-
 def launch(
     query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, query_order: Tensor | None = None
 ) -> Tensor:
@@ -239,7 +211,8 @@ def launch(
             columns,
             query_length,
             key.shape[2],
-            scale / math.log(2.0),
+            # Never 0: masked scores are -inf before they are scaled.
+            max(scale / math.log(2.0), LEAST_SCALE),
             min(walk.window or 0, MAX_WINDOW),
             programs,
             D=width,
@@ -265,9 +238,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """[B, C, S, D] for the bulk copy engine, which minds the stride even of a dimension of size 1."""
-    row = triton.cdiv(tensor.shape[3], 16) * 16
-    strides = [row if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    """[B, C, S, D] for the bulk copy engine, a block of so many rows at a time."""
     block = [1, 1, rows, width]
     layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], block, layout)
+    return TensorDescriptor(tensor, list(tensor.shape), bulk_copy_strides(tensor), block, layout)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompile.kernels.attention_config import Config, takes_descriptors
+from mmcompile.kernels.attention_config import Config, key_descriptor, takes_descriptors
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.sample_mask import (
     as_bits,
@@ -29,7 +29,6 @@ from mmcompile.kernels.tile_mass import SampledRows
 from mmcompile.kernels.tile_mass_kernel import (
     ENOUGH_PROGRAMS,
     RUN,
-    key_descriptor,
     launch_config,
     launch_shape,
     lengths,

@@ -221,8 +221,8 @@ def block_sparse_attention(
 
     query: [B, H, Sq, D], key and value: [B, C, Sk, D], bfloat16, float16 or float32, any strides, in the slot
         order of their plan rows. Products accumulate in float32.
-    query_order: None, or int32 [B, Oq, Sq] from `arrange`: then queries and result lie in token order instead, as
-        `permute` before and `unpermute` after would have it.
+    query_order: None, or int32 [B, Oq, Sq] from `arrange` with the same min_tokens: then queries and result lie in
+        token order instead, as `permute` before and `unpermute` after would have it.
     query_tags, key_tags: from `arrange`. query_row, key_row, counts, tiles, columns, cold: from `plan`, the op.
     window, segments, spans: the parts of the element mask.
     head_plan: the plan row of each of the H heads. key_head: the copy of its keys in the first key order; the others

@@ -284,5 +284,5 @@ def classify(bounds: TileBounds, must: Intervals, chosen: Chosen) -> Tensor:
 
 
 def _runs(runs: Intervals) -> tuple[Tensor | int, ...]:
-    """Both ends int32 [O, M, Sq] with equal strides, the last one 1; strides of the others, and M."""
+    """Both ends, integer [O, M, Sq], with equal strides, the last one 1; strides of the others, and M."""
     return runs.first, runs.last, *runs.first.stride()[:2], runs.first.shape[1]

@@ -17,7 +17,7 @@ class Streamed(NamedTuple):
 
     plane: Tensor | None = None  # integer [N, nQ, nK], the levels themselves
     diagonals: Tensor | None = None  # int64 [N, nK + 1], the level of each distance before the query's own tile
-    own: Tensor | None = None  # int64 [2, N, nQ], own tiles of each query tile, for `diagonals`
+    own: Tensor | None = None  # integer [2, N, nQ], own tiles of each query tile, for `diagonals`
     row_lines: Tensor | None = None  # bool [N, nQ], query tiles that choose every tile, as `CHOSEN` ones
     column_lines: Tensor | None = None  # bool [N, nK], key tiles that every query tile chooses
 

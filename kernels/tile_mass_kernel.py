@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim, takes_descriptors
+from mmcompile.kernels.attention_config import (
+    Config,
+    attention_config,
+    key_descriptor,
+    padded_head_dim,
+    takes_descriptors,
+)
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.sample_mask import (
@@ -398,14 +404,6 @@ def gather_config(query: Tensor) -> Config:
 
 def unit_columns(rows: Tensor) -> Tensor:
     return rows if rows.stride(3) == 1 else rows.contiguous()
-
-
-def key_descriptor(key: Tensor, rows: int) -> TensorDescriptor:
-    """[B, C, Sk, D] for the bulk copy engine, which minds the stride even of a dimension of size 1."""
-    width = padded_head_dim(key.shape[3])
-    whole = triton.cdiv(key.shape[3], 16) * 16
-    strides = [whole if size == 1 else stride for size, stride in zip(key.shape, key.stride(), strict=True)]
-    return TensorDescriptor(key, list(key.shape), [*strides[:3], 1], [1, 1, rows, width])
 
 
 def shared_arguments(sampled: SampledRows) -> tuple[Tensor, ...]:

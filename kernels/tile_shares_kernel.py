@@ -1,4 +1,4 @@
-"""Triton kernel of `tile_shares` and `mean_shares`, of `kernels/tile_mass.py`, and its launches."""
+"""Triton kernels of what `kernels/tile_mass.py` makes of logarithms of mass: shares of tiles, and of lists of them."""
 
 import torch
 import triton

@@ -4,11 +4,12 @@ import torch
 
 
 def which_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """What `block_sparse_attention` runs there. Lists of more single keys than the Hopper kernel gathers, and tensors
-    that bulk copies cannot read, take the portable one all the same."""
+    """What `block_sparse_attention` runs there."""
     if device.type == "cpu":
         return "torch operations on the CPU"
-    from mmcompile.kernels import block_sparse_hopper  # here, because Triton is absent where there is no GPU
+    from mmcompile.kernels import hopper_support  # here, because Triton is absent where there is no GPU
 
-    why_not = block_sparse_hopper.why_not(device, dtype, head_dim)
-    return "the Hopper kernel" if why_not is None else f"the portable kernel ({why_not})"
+    why_not = hopper_support.why_not(device, dtype, head_dim)
+    if why_not is None:
+        return f"the Hopper kernel (lists of over {hopper_support.MOST_COLUMNS:,} single keys on the portable one)"
+    return f"the portable kernel ({why_not})"

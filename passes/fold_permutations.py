@@ -3,9 +3,11 @@
 import torch
 from torch import fx
 
+import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
 from mmcompile.passes.graph import erase_if_unused, fake_value
 
 _OPS = torch.ops.mminference
+_ARGUMENTS = [argument.name for argument in _OPS.block_sparse_attention.default._schema.arguments]
 
 
 def fold_permutations(module: fx.GraphModule) -> int:
@@ -17,18 +19,20 @@ def fold_permutations(module: fx.GraphModule) -> int:
     """
     folded = 0
     for unpermute in module.graph.find_nodes(op="call_function", target=_OPS.unpermute.default):
-        attention, order, rows, row = unpermute.args
+        attention, *back = unpermute.args
         if attention.target is not _OPS.block_sparse_attention.default or len(attention.users) > 1:
             continue
-        permute = attention.args[0]
+        of_attention = dict(zip(_ARGUMENTS, attention.args, strict=False)) | attention.kwargs
+        permute = of_attention["query"]
         if permute.target is not _OPS.permute.default:
             continue
-        source, inner_order, inner_rows, source_head, inner_row = permute.args
+        source, order, rows, source_head, row = permute.args
+        its_own = [order, of_attention["query_row"], list(of_attention["head_plan"])]
         every_head_once = list(source_head) == list(range(fake_value(source).shape[1]))
-        if (inner_order, inner_rows, list(inner_row)) != (order, rows, list(row)) or not every_head_once:
-            continue
-        attention.args = (source, *attention.args[1:], order)
-        unpermute.replace_all_uses_with(attention)
-        erase_if_unused(module.graph, [unpermute, permute])
-        folded += 1
+        if [*back[:2], list(back[2])] == [order, rows, list(row)] == its_own and every_head_once:
+            attention.update_arg(0, source)
+            attention.update_kwarg("query_order", order)
+            unpermute.replace_all_uses_with(attention)
+            erase_if_unused(module.graph, [unpermute, permute])
+            folded += 1
     return folded

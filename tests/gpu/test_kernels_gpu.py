@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
-from mmcompile.kernels import block_sparse, reference
+from mmcompile.kernels import block_sparse, hopper_support, reference
 from mmcompile.kernels.attend import plan_attention, sparse_attention
 from mmcompile.kernels.attention_config import LARGE, SMALL, attention_config, takes_descriptors
 from mmcompile.kernels.flex import block_mask, flex_attention_on_plan
@@ -167,6 +168,36 @@ def test_short_keys_run_dense():
     mask = mask.expand(-1, case.heads, -1, -1)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
         assert_as_exact_as_torch(output, inputs, mask, walk)
+
+
+def test_the_hopper_kernel_runs_where_it_was_measured():
+    inputs = CASE.inputs(torch.bfloat16, "cuda")
+    if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(hopper_support.MEASURED_ON):
+        pytest.skip("not a GPU and a Triton that it was measured on")
+    assert hopper_support.runs(*inputs, columns=0)
+    assert not hopper_support.runs(*inputs, columns=hopper_support.MOST_COLUMNS + 1)
+    assert not hopper_support.runs(*(x.float() for x in inputs), columns=0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_part_of_the_mask_on_the_portable_kernel(mask, poisoned_memory):
+    case = replace(MASKS[mask], width=64)
+    walk, inputs = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
+    config = attention_config(inputs[0])
+    assert_exact(block_sparse.launch(*inputs, walk, 0.125, config, takes_descriptors(inputs[1])), inputs, walk)
+
+
+def test_scale_0_is_the_mean_of_the_values():
+    walk, (query, key, value) = on_gpu(CASE.walk()), CASE.inputs(torch.bfloat16, "cuda")
+    expected = attend([torch.zeros_like(query), key, value], walk, 1.0)
+    assert torch.equal(attend([query, key, value], walk, 0.0), expected)
+
+
+@pytest.mark.parametrize("width", [36, 40])
+def test_head_dims_in_wider_rows(width):
+    walk, inputs = on_gpu(replace(CASE, width=width).walk()), replace(CASE, width=width).inputs(torch.bfloat16, "cuda")
+    padded = [torch.nn.functional.pad(x, (0, 48 - width))[..., :width] for x in inputs]
+    assert_exact(attend(padded, walk, width**-0.5), inputs, walk)
 
 
 @pytest.mark.parametrize("width", [64, 80, 128, 256])

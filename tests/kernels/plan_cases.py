@@ -468,6 +468,8 @@ def _with_groups(case: PlanCase, name: str, rng: np.random.Generator, interleave
         groups = np.cumsum(rng.random(shape) < rng.choice([0.002, 0.02, 0.2]), 1)
         if name == "spans":  # every other run is text
             groups = np.where(groups % 2 == 0, -1, groups // 2)
+    if name == "segments":
+        groups = groups - size % 3  # any number names a segment, one below 0 too
     # A query before every key belongs to what the first key belongs to.
     pair = groups[:, np.maximum(case.position(), 0)], groups[:, : case.key_length]
     return replace(case, **{name: pair, "interleaved": case.interleaved or interleaved})

@@ -126,8 +126,13 @@ def test_keys_that_are_not_listed_are_not_read(columns, descriptors):
 def every_op_by_triton(monkeypatch):
     """The ops run their kernels for tensors of the CPU too, those that planners sample with among them."""
 
-    def attention(query, key, value, walk, scale):
-        return block_sparse.launch(query, key, value, walk, scale, SMALL[4, padded_head_dim(query.shape[3])], False)
+    def attention(query, key, value, walk, scale, query_order=None):
+        rows = walk.query_row, walk.head_plan
+        if query_order is not None:
+            query = permute.permute(query, query_order, rows[0], range(query.shape[1]), rows[1])
+        config = SMALL[4, padded_head_dim(query.shape[3])]
+        output = block_sparse.launch(query, key, value, walk, scale, config, False)
+        return output if query_order is None else permute.unpermute(output, query_order, *rows)
 
     monkeypatch.setattr(ops, "_row_copies", lambda device: permute)
     monkeypatch.setattr(ops, "_executor", lambda device: SimpleNamespace(block_sparse_attention=attention))

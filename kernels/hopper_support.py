@@ -1,0 +1,44 @@
+"""Where the Hopper attention kernel runs. Imports no Gluon, which changes from one version of Triton to the next."""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from mmcompile.kernels.attention_config import padded_head_dim, takes_descriptors
+
+MEASURED_ON = ("3.6",)  # versions of Triton
+HEAD_DIMS = (64, 128, 256)  # padded ones
+# Query tokens from which the kernel itself gathers and scatters rows. Measured on an H200: 128K tokens take 5.12 ms
+# where permute, kernel and unpermute take 6.04; at 32K one warp's gathering costs what the two copies do.
+FOLDS_FROM = 65536
+MOST_COLUMNS = 8192  # of a plan row; they are gathered for each head, which for many more would take the keys' own room
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel does not run there; None where it does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if padded_head_dim(head_dim) not in HEAD_DIMS or head_dim % 8:
+        return f"it takes head dims from 40 to 256 that 8 divides, not {head_dim}"
+    return _why_not_there(device)
+
+
+@lru_cache
+def _why_not_there(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return "not a Hopper GPU"
+    version = ".".join(triton.__version__.split(".")[:2])
+    return None if version in MEASURED_ON else f"not measured on Triton {version}"
+
+
+def runs(query: Tensor, key: Tensor, value: Tensor, columns: int) -> bool:
+    """Whether the kernel takes these tensors. query: [B, H, Sq, D], key, value: [B, C, Sk, D]. columns: the most that a
+    plan row may list."""
+    return (
+        min(query.numel(), key.numel()) > 0
+        and why_not(query.device, query.dtype, query.shape[3]) is None
+        and columns <= MOST_COLUMNS
+        and all(takes_descriptors(tensor) for tensor in (query, key, value))
+    )
