@@ -16,6 +16,8 @@ from mmcompile.kernels import (
     ops,
     permute,
     permute_cpu,
+    search_stride,
+    search_stride_kernel,
     tile_mass,
     tile_mass_kernel,
     tile_shares_kernel,
@@ -126,6 +128,9 @@ def test_keys_that_are_not_listed_are_not_read(columns, descriptors):
 def every_op_by_triton(monkeypatch):
     """The ops run their kernels for tensors of the CPU too, those that planners sample with among them."""
 
+    def stride_profiles(query, key, row, end, keys, offset, scale):
+        return search_stride_kernel.profiles(query, key, row, end, keys, offset, search_stride.NEAR, scale)
+
     def attention(query, key, value, walk, scale, query_order=None):
         rows = walk.query_row, walk.head_plan
         if query_order is not None:
@@ -143,6 +148,8 @@ def every_op_by_triton(monkeypatch):
     monkeypatch.setattr(tile_mass, "mean_shares_cpu", tile_shares_kernel.mean_shares)
     monkeypatch.setattr(tile_mass, "spread_out_share_cpu", tile_shares_kernel.spread_out_share)
     monkeypatch.setattr(tile_mass, "listed_share_cpu", tile_shares_kernel.listed_share)
+    monkeypatch.setattr(search_stride, "_profiles_cpu", stride_profiles)
+    monkeypatch.setattr(search_stride, "_at_multiples_cpu", search_stride_kernel.at_multiples)
 
 
 @pytest.mark.parametrize("seed", range(0, len(combinations()), 4))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks.planted_heads import TEXT, VIDEO, Head, Look, Plant, Planted, Segment, plant_heads, random_plant
+from mmcompile.kernels import search_stride_kernel
 from mmcompile.kernels.orders import token_modality
-from mmcompile.kernels.search_stride import LEAST_STRIDE, search_stride
+from mmcompile.kernels.search_stride import LEAST_STRIDE, NEAR, _at_multiples_cpu, _profiles_cpu, search_stride
 
 TOKENS = 4096
 SITE = Head("site", (Look("site"),))
@@ -139,3 +140,25 @@ def test_the_scale_of_the_model_counts() -> None:
     as_is = search_stride(planted.query, planted.key, modality, 0, 1024)
     scaled = search_stride(planted.query / factor, planted.key, modality, 0, 1024, scale * factor)
     assert as_is.tolist() == scaled.tolist() == [plant.stride]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "offset", "width"), [(300, 300, 0, 32), (40, 333, 293, 80), (130, 200, -3, 16), (1, 1, 0, 64)]
+)
+def test_kernels_against_torch(queries, keys, offset, width, dtype, poisoned_memory):
+    batch, heads, copies = 2, 4, 2
+    query = torch.randn(batch, queries, heads, width).to(dtype).transpose(1, 2)
+    key = torch.randn(batch, copies, keys, width).to(dtype)
+    rows, looked_at = min(64, queries), min(256, keys)
+    last = torch.tensor([queries - 1, queries // 2])
+    row = (last.unsqueeze(1) - torch.arange(rows - 1, -1, -1)).clamp(min=0)
+    end = (row[:, -1:] + offset).clamp(0, keys - 1)
+    found = search_stride_kernel.profiles(query, key, row, end, looked_at, offset, NEAR, 0.3)
+    expected = _profiles_cpu(query, key, row, end, looked_at, offset, 0.3)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+    for max_stride in (8, 100, 1024):
+        held = search_stride_kernel.at_multiples(found[0], max_stride)
+        torch.testing.assert_close(held, _at_multiples_cpu(found[0], max_stride), atol=2e-5, rtol=2e-5)
