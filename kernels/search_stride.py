@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from mmcompile.kernels.last_queries import last_queries
+
 LAST_QUERIES = 64
 KEYS = 2**14  # latest keys before the last query that are looked at
 NEAR = 16  # distances that any local head attends to, and that say nothing of a grid
@@ -27,39 +29,39 @@ def search_stride(
     query_length, width = query.shape[2:]
     rows = min(LAST_QUERIES, query_length)
     keys = min(KEYS, key.shape[2])
-    vision = (modality > 0) | ~(modality > 0).any(-1, keepdim=True)
-    token = torch.arange(query_length, device=query.device)
-    last = torch.where(vision, token, 0).amax(-1)  # [B]
-    row = (last.unsqueeze(-1) - torch.arange(rows - 1, -1, -1, device=query.device)).clamp(min=0)  # [B, R]
-    end = (row[:, -1:] + query_offset).clamp(0, key.shape[2] - 1)
     scale = width**-0.5 if scale is None else scale
-    by_distance, by_key = _profiles(query, key, row, end, keys, query_offset, scale)
-    response = _slash_response(by_distance, max_stride) + _vertical_response(by_key, max_stride)  # [B, max_stride + 1]
+    by_distance, by_key = _profiles(query, key, last_queries(modality), rows, keys, query_offset, scale)
     least = min(LEAST_STRIDE, max_stride)
-    return (response[:, least:].argmax(-1) + least).to(torch.int32)
+    response = _response(by_distance, by_key, least, max_stride).sum(1)  # [B, strides]
+    return (response.argmax(-1) + least).to(torch.int32)
 
 
 def _profiles(
-    query: Tensor, key: Tensor, row: Tensor, end: Tensor, keys: int, offset: int, scale: float
+    query: Tensor, key: Tensor, last: Tensor, rows: int, keys: int, offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What some queries attend to among the `keys` keys up to `end`: by distance, and by key.
+    """What the `rows` queries up to the last vision one attend to, among the `keys` keys up to it: by distance and key.
 
-    row: int64 [B, R], queries; end: int64 [B, 1]. Returns float [B, H, keys + 1], summed over the queries, 0 at
-    distances below `NEAR`; and float [B, H, keys], averaged over them.
+    last: int32 [B, MODALITIES], the last query of each modality, -1 where there is none; of a batch row without vision
+    all counts as vision. Returns float [B, H, keys + 1], summed over the queries, 0 at distances below `NEAR`; and
+    float [B, H, keys], averaged over them.
     """
     if query.device.type == "cuda":
         # Triton is imported for a GPU only.
         from mmcompile.kernels import search_stride_kernel
 
-        return search_stride_kernel.profiles(query, key, row, end, keys, offset, NEAR, scale)
-    return _profiles_cpu(query, key, row, end, keys, offset, scale)
+        return search_stride_kernel.profiles(query, key, last, rows, keys, offset, NEAR, scale)
+    return _profiles_cpu(query, key, last, rows, keys, offset, scale)
 
 
 def _profiles_cpu(
-    query: Tensor, key: Tensor, row: Tensor, end: Tensor, keys: int, offset: int, scale: float
+    query: Tensor, key: Tensor, last: Tensor, rows: int, keys: int, offset: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, _, width = query.shape
-    rows, copies = row.shape[1], key.shape[1]
+    batch, heads, query_length, width = query.shape
+    copies = key.shape[1]
+    vision = last[:, 1:].amax(-1, True)  # [B, 1]
+    vision = torch.where(vision < 0, query_length - 1, vision)
+    row = (vision - torch.arange(rows - 1, -1, -1, device=query.device)).clamp(min=0)  # [B, R]
+    end = (vision + offset).clamp(0, key.shape[2] - 1)
     column = end - torch.arange(keys - 1, -1, -1, device=query.device)  # [B, K], may start before the first key
     distance = (row + offset).unsqueeze(-1) - column.unsqueeze(1)  # [B, R, K]
     usable = (distance >= 0) & (column >= 0).unsqueeze(1)
@@ -79,47 +81,45 @@ def _profiles_cpu(
     return by_distance, by_key
 
 
-def _slash_response(by_distance: Tensor, max_stride: int) -> Tensor:
-    """For each stride, the weight at its multiples beyond an even spread, summed over heads.
+def _response(by_distance: Tensor, by_key: Tensor, least: int, max_stride: int) -> Tensor:
+    """How each head answers to the strides from `least` to `max_stride`: float [B, H, strides].
 
-    by_distance: [B, H, K + 1]. Returns [B, max_stride + 1].
+    Slash lines: the weight at the stride's multiples beyond an even spread. Vertical lines: how alike the weight of
+    keys is to itself one stride on. by_distance: [B, H, K + 1], by_key: [B, H, K].
     """
-    held = _at_multiples(by_distance, max_stride)
-    stride = torch.arange(max_stride + 1, device=by_distance.device)
-    even = by_distance.sum(2, keepdim=True) / stride.clamp(min=1)
-    return (held - even).clamp(min=0.0).sum(1)
-
-
-def _at_multiples(by_distance: Tensor, max_stride: int) -> Tensor:
-    """For each stride, the sum at its multiples: [B, H, max_stride + 1], 0 for stride 0."""
-    if by_distance.device.type == "cuda":
+    if by_key.device.type == "cuda":
         from mmcompile.kernels import search_stride_kernel
 
-        return search_stride_kernel.at_multiples(by_distance, max_stride)
-    return _at_multiples_cpu(by_distance, max_stride)
+        return search_stride_kernel.response(by_distance, by_key, least, max_stride, 2 * LAST_QUERIES)
+    return _response_cpu(by_distance, by_key, least, max_stride)
 
 
-def _at_multiples_cpu(by_distance: Tensor, max_stride: int) -> Tensor:
+def _response_cpu(by_distance: Tensor, by_key: Tensor, least: int, max_stride: int) -> Tensor:
+    return (_slash_response(by_distance, max_stride) + _vertical_response(by_key, max_stride))[:, :, least:]
+
+
+def _slash_response(by_distance: Tensor, max_stride: int) -> Tensor:
+    """By stride, [B, H, max_stride + 1]."""
     stride, multiple = _multiples(by_distance.shape[2] - 1, max_stride, by_distance.device)
     held = by_distance.new_zeros(*by_distance.shape[:2], max_stride + 1)
-    return held.index_add_(2, stride, by_distance.index_select(2, multiple))
+    held.index_add_(2, stride, by_distance.index_select(2, multiple))
+    even = by_distance.sum(2, keepdim=True) / torch.arange(max_stride + 1, device=held.device).clamp(min=1)
+    return (held - even).clamp(min=0.0)
 
 
-def _vertical_response(columns: Tensor, max_stride: int) -> Tensor:
-    """For each stride, how alike the weight of keys is to itself one stride on. columns: [B, H, K]. Returns
-    [B, max_stride + 1]."""
-    keys = columns.shape[2]
-    columns = (columns - columns.mean(2, keepdim=True)).clamp(min=0.0)
+def _vertical_response(by_key: Tensor, max_stride: int) -> Tensor:
+    """By stride, [B, H, max_stride + 1]."""
+    keys = by_key.shape[2]
+    columns = (by_key - by_key.mean(2, keepdim=True)).clamp(min=0.0)
     # The latest keys hold what local heads look at.
     columns[:, :, -min(keys, 2 * LAST_QUERIES) :] = 0.0
     size = 2 * keys
     spectrum = torch.fft.rfft(columns, size)
     # Not times its `conj()`: that is a view with a mark, which goes unseen where a traced graph calls the op.
-    alike = torch.fft.irfft(spectrum.abs().square(), size)[:, :, : max_stride + 1]
-    if alike.shape[2] <= max_stride:
-        alike = torch.nn.functional.pad(alike, (0, max_stride + 1 - alike.shape[2]))
-    share = columns.sum(2, keepdim=True) * alike / alike[:, :, :1].clamp(min=1e-12)
-    return share.sum(1)
+    alike = torch.fft.irfft(spectrum.abs().square(), size)[:, :, : min(max_stride + 1, keys)]
+    # No keys are further apart than there are keys: what follows is the same again, backwards.
+    alike = torch.nn.functional.pad(alike, (0, max_stride + 1 - alike.shape[2]))
+    return columns.sum(2, keepdim=True) * alike / alike[:, :, :1].clamp(min=1e-12)
 
 
 # Kept, because a copy from the host in every call would wait for the device.

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from mmcompile.kernels import (
     block_sparse,
     column_mass_kernel,
+    last_queries,
+    last_queries_kernel,
     ops,
     permute,
     permute_cpu,
@@ -128,8 +130,12 @@ def test_keys_that_are_not_listed_are_not_read(columns, descriptors):
 def every_op_by_triton(monkeypatch):
     """The ops run their kernels for tensors of the CPU too, those that planners sample with among them."""
 
-    def stride_profiles(query, key, row, end, keys, offset, scale):
-        return search_stride_kernel.profiles(query, key, row, end, keys, offset, search_stride.NEAR, scale)
+    def stride_profiles(query, key, last, rows, keys, offset, scale):
+        return search_stride_kernel.profiles(query, key, last, rows, keys, offset, search_stride.NEAR, scale)
+
+    def stride_response(by_distance, by_key, least, max_stride):
+        latest = 2 * search_stride.LAST_QUERIES
+        return search_stride_kernel.response(by_distance, by_key, least, max_stride, latest)
 
     def attention(query, key, value, walk, scale, query_order=None):
         rows = walk.query_row, walk.head_plan
@@ -149,7 +155,8 @@ def every_op_by_triton(monkeypatch):
     monkeypatch.setattr(tile_mass, "spread_out_share_cpu", tile_shares_kernel.spread_out_share)
     monkeypatch.setattr(tile_mass, "listed_share_cpu", tile_shares_kernel.listed_share)
     monkeypatch.setattr(search_stride, "_profiles_cpu", stride_profiles)
-    monkeypatch.setattr(search_stride, "_at_multiples_cpu", search_stride_kernel.at_multiples)
+    monkeypatch.setattr(search_stride, "_response_cpu", stride_response)
+    monkeypatch.setattr(last_queries, "last_queries_cpu", last_queries_kernel.last_queries)
 
 
 @pytest.mark.parametrize("seed", range(0, len(combinations()), 4))
