@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from mmcompile.kernels import (
     block_sparse,
     column_mass_kernel,
+    hot_keys_kernel,
     last_queries,
     last_queries_kernel,
     ops,
     permute,
     permute_cpu,
+    probes,
+    probes_kernel,
     search_stride,
     search_stride_kernel,
     tile_mass,
@@ -153,7 +156,12 @@ def every_op_by_triton(monkeypatch):
     monkeypatch.setattr(tile_mass, "tile_shares_cpu", tile_shares_kernel.tile_shares)
     monkeypatch.setattr(tile_mass, "mean_shares_cpu", tile_shares_kernel.mean_shares)
     monkeypatch.setattr(tile_mass, "spread_out_share_cpu", tile_shares_kernel.spread_out_share)
-    monkeypatch.setattr(tile_mass, "listed_share_cpu", tile_shares_kernel.listed_share)
+    monkeypatch.setattr(probes.Probes, "of_cpu", probes_kernel.place)
+    monkeypatch.setattr(probes.Measured, "recall_cpu", probes_kernel.recall)
+    monkeypatch.setattr(probes, "_totals_cpu", probes_kernel.totals)
+    monkeypatch.setattr(probes, "_agreement_cpu", probes_kernel.agreement)
+    monkeypatch.setattr(probes, "_choose_cpu", probes_kernel.choose)
+    monkeypatch.setattr(probes, "_hot_keys_cpu", hot_keys_kernel.hot_keys)
     monkeypatch.setattr(search_stride, "_profiles_cpu", stride_profiles)
     monkeypatch.setattr(search_stride, "_response_cpu", stride_response)
     monkeypatch.setattr(last_queries, "last_queries_cpu", last_queries_kernel.last_queries)
