@@ -7,7 +7,7 @@ from mmcompile.kernels.levels import rings
 from mmcompile.kernels.orders import NO_SITE
 from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern
 from mmcompile.kernels.places import pair_sites
-from mmcompile.kernels.probes import HORIZONTAL, Probes
+from mmcompile.kernels.probes import HORIZONTAL, glance
 from mmcompile.kernels.scene import Rows
 from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tile_bounds import site_bounds
@@ -120,8 +120,8 @@ class GridLines:
 
     def _most_attended(self, rows: Rows, key_site: Tensor) -> Tensor:
         """The site with the most attention of the probes, int64 [N]."""
-        slot = Probes.of(rows).choosing
-        weight = rows.key_mass(slot, rows.tile_mass(slot)[1], 0).squeeze(1)
+        seen = glance(rows)
+        weight = rows.column_mass(seen.probes.choosing, seen.counted, seen.probes.own_tiles, 0).squeeze(1)
         total = weight.new_zeros(weight.shape[0], self.sites + 1).scatter_add_(1, (key_site + 1).long(), weight)
         return total[:, 1:].argmax(-1)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from mmcompile.kernels.arrange import Arrangement
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.orders import slots
-from mmcompile.kernels.patterns import MODALITIES, TILE
+from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import by_tile, tile_count
 from mmcompile.kernels.tile_mass import (
     KeyPositions,
@@ -66,16 +66,6 @@ class Scene:
         """The key slot of each query slot's own token, int64 [B, Sq]; of the nearest key where it has none."""
         return self.once("own slot", pair, lambda: self._own_slot(pair))
 
-    def last_queries(self) -> Tensor:
-        """The last query of each modality, int64 [B, MODALITIES]; -1 for a modality that is absent."""
-        return self.once("last queries", None, self._last_queries)
-
-    def last_tiles(self) -> Tensor:
-        """The query tiles, in each order, of the last query of each modality, int64 [B, Oq, MODALITIES]; any tile for a
-        modality that is absent."""
-        last = self.last_queries().view(self.batch, 1, -1, 1)
-        return (self.arrangement.query_order.unsqueeze(2) == last).byte().argmax(-1) // TILE
-
     def last_positions(self) -> Tensor:
         """The greatest position of each query tile in each order, int32 [B, Oq, nQ]."""
         tags = self.arrangement.query_tags
@@ -87,11 +77,6 @@ class Scene:
     def _own_slot(self, pair: Pair) -> Tensor:
         position = self.arrangement.query_tags[:, pair[0], 0].long()
         return self.key_slot(pair[1]).gather(-1, position.clamp(0, self.key_tags.shape[-1] - 1)).long()
-
-    def _last_queries(self) -> Tensor:
-        token = torch.arange(self.query_modality.shape[1], device=self.query_modality.device)
-        each = torch.arange(MODALITIES, device=token.device).view(1, -1, 1)
-        return torch.where(self.query_modality.unsqueeze(1) == each, token, -1).amax(-1)
 
     def once(self, what: str, of: Any, make: Callable[[], Made]) -> Made:
         """What `make` gives, made the first time. of: what tells it from others of that name."""
@@ -110,6 +95,37 @@ class Rows:
     pairs: tuple[Pair, ...]
     by_site: tuple[bool, ...]  # of each pair, whether tokens stand by site
     choice: Tensor  # int64 [B, heads], the pair of orders of each
+
+    @classmethod
+    def of_each_pair(
+        cls, scene: Scene, heads: tuple[int, ...], pairs: tuple[Pair, ...], by_site: tuple[bool, ...]
+    ) -> "Rows":
+        """Each head in each pair of orders, the heads of one pair together."""
+        pair = tuple(index for index in range(len(pairs)) for _ in heads)
+        device = scene.arrangement.query_order.device
+        orders = (
+            head_indices(tuple(order[index] for index in pair) * scene.batch, device).view(scene.batch, -1)
+            for order in zip(*pairs, strict=True)
+        )
+        choice, of_batch = _pairs(scene.batch, pair, device)
+        return cls.choosing(scene, heads * len(pairs), pairs, by_site, choice, *orders, of_batch)
+
+    @classmethod
+    def choosing(
+        cls,
+        scene: Scene,
+        heads: tuple[int, ...],
+        pairs: tuple[Pair, ...],
+        by_site: tuple[bool, ...],
+        choice: Tensor,
+        query_row: Tensor,
+        key_row: Tensor,
+        pair: Tensor,
+    ) -> "Rows":
+        """Rows of which all is known that a choice tells."""
+        rows = cls(scene, heads, pairs, by_site, choice)
+        rows.__dict__.update(pair=pair, query_row=query_row, key_row=key_row)  # as `cached_property` keeps them
+        return rows
 
     @property
     def rows(self) -> int:
@@ -200,11 +216,19 @@ class Rows:
         return slots_log_mass(self._sampled(slot), self._by_head(key_slot), self._by_head(listed)).flatten(0, 1)
 
     def key_mass(self, slot: Tensor, total: Tensor, skip_tiles: int, groups: int = 1) -> Tensor:
-        """Mean weight of each key over the sampled queries that see it, float [N, groups, Sk] in key slots, the keys of
-        the `skip_tiles` latest tiles left out. groups: runs of the samples with means of their own."""
+        """`column_mass` of queries whose own tiles nobody has looked up."""
         own = self.own_tiles(slot) if skip_tiles else torch.zeros_like(total, dtype=torch.int32)  # not looked at
+        return self.column_mass(slot, total, own, skip_tiles, groups)
+
+    def column_mass(self, slot: Tensor, total: Tensor, own_tile: Tensor, skip_tiles: int, groups: int = 1) -> Tensor:
+        """Mean weight of each key over the sampled queries that see it, float [N, groups, Sk] in key slots, the keys of
+        the `skip_tiles` latest tiles left out. groups: runs of the samples with means of their own.
+
+        slot: int64 [N, R], query slots. total: float [N, R], the log of each query's sum, -inf for those that do not
+        count. own_tile: int32 [N, R].
+        """
         sampled = self._sampled(slot)
-        return column_mass(sampled, self._by_head(total), self._by_head(own), skip_tiles, groups).flatten(0, 1)
+        return column_mass(sampled, self._by_head(total), self._by_head(own_tile), skip_tiles, groups).flatten(0, 1)
 
     def _by_head(self, of_row: Tensor) -> Tensor:
         """[N, ...] as [B, heads, ...]."""
@@ -263,10 +287,22 @@ def each_pair(of_pair: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(of_pair), 1).flatten(0, 1)
 
 
+# Kept, because it depends on sizes alone.
+@lru_cache(maxsize=64)
+def _pairs(batch: int, pair: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`Rows.choice` and `Rows.pair` where the pair of each row of a batch row is known beforehand."""
+    choice = torch.tensor(pair, device=device).expand(batch, -1)
+    batch_row = torch.arange(batch, device=device).unsqueeze(1)
+    return choice, (batch_row * (max(pair) + 1) + choice).flatten()
+
+
+SCATTERED = 37  # rows that `scattered` moves on by, from tile to tile
+
+
 def scattered(tile: Tensor, offset: int) -> Tensor:
     """A slot of each tile, int64: `offset` rows further, and other rows from tile to tile. By site, tokens of one frame
     stand at regular distances, and a fixed row might meet no other frame."""
-    return tile * TILE + (tile * 37 + offset) % TILE
+    return tile * TILE + (tile * SCATTERED + offset) % TILE
 
 
 def tile_slots(rows: slice, length: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from mmcompile.kernels.tile_list import Layout
 from mmcompile.kernels.tile_mass import mean_shares
 
 SAMPLES = 3  # queries of a tile
+BETWEEN = TILE // 4  # row of the one that is neither first nor last, which `scattered` moves on from tile to tile
 SAMPLED_AT_ONCE = 2**25  # tiles: of each, three logarithms, 384 MiB in all
 ANTIDIAGONAL = 16  # queries and keys of one antidiagonal (XAttention's stride)
 
@@ -30,7 +31,7 @@ def sample_slots(query_tiles: int, length: int, device: torch.device) -> Tensor:
     by site, where a tile holds queries of two sites, each has one of them. And one between, others from tile to tile.
     """
     tile = torch.arange(query_tiles, device=device)
-    slots = tile * TILE, tile * TILE + TILE - 1, scattered(tile, TILE // 4)
+    slots = tile * TILE, tile * TILE + TILE - 1, scattered(tile, BETWEEN)
     return torch.stack(slots).clamp_(max=length - 1)
 
 

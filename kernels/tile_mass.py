@@ -170,19 +170,6 @@ def spread_out_share(log_mass: Tensor, of_columns: Tensor, times: float) -> Tens
     return spread_out_share_cpu(log_mass, of_columns, times)
 
 
-def listed_share(shares: Tensor, query_tile: Tensor, counts: Tensor, tiles: Tensor) -> Tensor:
-    """Sum of the shares of the tiles that a plan lists for some query tiles.
-
-    shares: float32 [N, T, nK]. query_tile: int64 [N, T]. counts: int32 [N, nQ, 5], tiles: int32 [N, entries], as in
-    `TilePlan`. Returns float32 [N, T].
-    """
-    if shares.device.type == "cuda":
-        from mmcompile.kernels import tile_shares_kernel
-
-        return tile_shares_kernel.listed_share(shares, query_tile, counts, tiles)
-    return listed_share_cpu(shares, query_tile, counts, tiles)
-
-
 def tile_shares_cpu(log_mass: Tensor) -> tuple[Tensor, Tensor]:
     """`tile_shares` in torch operations."""
     total = torch.logsumexp(log_mass, -1)
@@ -265,19 +252,6 @@ def spread_out_share_cpu(log_mass: Tensor, of_columns: Tensor, times: float) -> 
     shares, total = tile_shares_cpu(log_mass)
     even = times / (shares > 0).sum(-1, keepdim=True).clamp(min=1)
     return (shares * (shares < even)).sum(-1) * torch.sigmoid(total - of_columns).nan_to_num_(0.0)
-
-
-def listed_share_cpu(shares: Tensor, query_tile: Tensor, counts: Tensor, tiles: Tensor) -> Tensor:
-    """`listed_share` in torch operations."""
-    key_tiles = shares.shape[-1]
-    of_tile = counts.gather(1, query_tile.unsqueeze(-1).expand(-1, -1, 5)).long()
-    first, listed = of_tile[..., 0:1], of_tile[..., 1:2] + of_tile[..., 2:3]
-    step = torch.arange(key_tiles, device=counts.device)
-    entry = (first + step).clamp_(max=tiles.shape[1] - 1)
-    tile = tiles.gather(1, entry.flatten(1)).view(entry.shape).long()
-    tile = torch.where(step < listed, tile, key_tiles)
-    computed = shares.new_zeros(*shares.shape[:2], key_tiles + 1).scatter_(-1, tile, 1.0)
-    return (shares * computed[..., :-1]).sum(-1)
 
 
 class _Block(NamedTuple):

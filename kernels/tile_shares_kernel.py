@@ -1,4 +1,4 @@
-"""Triton kernels of what `kernels/tile_mass.py` makes of logarithms of mass: shares of tiles, and of lists of them."""
+"""Triton kernels of what `kernels/tile_mass.py` makes of logarithms of mass: shares of tiles."""
 
 import torch
 import triton
@@ -92,25 +92,6 @@ def _spread_out_kernel(log_mass, of_columns, output, times, key_tiles, BLOCK: tl
     tl.store(output + row, held / (1.0 + others))
 
 
-@triton.jit(do_not_specialize=["probes", "query_tiles", "entries", "key_tiles"])
-def _listed_kernel(
-    shares, query_tile, counts, tiles, output, probes, query_tiles, entries, key_tiles, BLOCK: tl.constexpr
-):
-    """One probe."""
-    probe = tl.program_id(0)
-    plan = (probe // probes).to(tl.int64)
-    counts += (plan * query_tiles + tl.load(query_tile + probe)) * 5
-    listed = tl.load(counts + 1) + tl.load(counts + 2)
-    tiles += plan * entries + tl.load(counts)
-    shares += probe.to(tl.int64) * key_tiles
-    held = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, listed, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        tile = tl.load(tiles + entry, mask=entry < listed, other=0)
-        held += tl.load(shares + tile, mask=entry < listed, other=0.0)
-    tl.store(output + probe, tl.sum(held))
-
-
 def tile_shares(log_mass: Tensor) -> tuple[Tensor, Tensor]:
     """The function of that name of tile_mass.py for CUDA tensors."""
     shares = torch.empty_like(log_mass)
@@ -134,25 +115,6 @@ def spread_out_share(log_mass: Tensor, of_columns: Tensor, times: float) -> Tens
     with torch.cuda.device_of(log_mass):
         _spread_out_kernel[(output.numel(),)](
             log_mass.contiguous(), of_columns.contiguous(), output, times, key_tiles, **_block(key_tiles)
-        )
-    return output
-
-
-def listed_share(shares: Tensor, query_tile: Tensor, counts: Tensor, tiles: Tensor) -> Tensor:
-    """The function of that name of tile_mass.py for CUDA tensors."""
-    output = shares.new_empty(shares.shape[:2])
-    with torch.cuda.device_of(shares):
-        _listed_kernel[(output.numel(),)](
-            shares.contiguous(),
-            query_tile.contiguous(),
-            counts.contiguous(),
-            tiles.contiguous(),
-            output,
-            shares.shape[1],
-            counts.shape[1],
-            tiles.shape[1],
-            shares.shape[2],
-            **_block(shares.shape[2]),
         )
     return output
 

@@ -4,9 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmcompile.kernels import column_mass_kernel, tile_mass, tile_mass_kernel, tile_shares_kernel
+from mmcompile.kernels import (
+    column_mass_kernel,
+    last_queries_kernel,
+    search_stride,
+    search_stride_kernel,
+    tile_mass,
+    tile_mass_kernel,
+    tile_shares_kernel,
+)
+from mmcompile.kernels.last_queries import last_queries_cpu
 from mmcompile.kernels.tags import INVALID, INVALID_SPAN
 from mmcompile.kernels.tile_mass import KeyPositions, SampledRows
+from tests.kernels.probe_checks import check_plan
 
 pytestmark = pytest.mark.gpu
 BATCH, HEADS, COPIES, ORDERS = 2, 6, 2, 2
@@ -99,11 +109,33 @@ def check_shares(log_mass: Tensor) -> None:
             torch.testing.assert_close(one, other, **CLOSE)
     found = tile_shares_kernel.spread_out_share(log_mass, of_columns, 4.0)
     torch.testing.assert_close(found, tile_mass.spread_out_share_cpu(log_mass, of_columns, 4.0), **CLOSE)
-    shares, _ = tile_mass.tile_shares_cpu(log_mass[:, :32].contiguous())
-    key_tiles = shares.shape[2]
-    counts = torch.randint(key_tiles // 2 + 1, (shares.shape[0], 4, 5), dtype=torch.int32, device="cuda")
-    counts[..., 0] = torch.arange(4, device="cuda") * key_tiles
-    tiles = torch.rand(shares.shape[0], 4, key_tiles, device="cuda").argsort(-1).flatten(1).int()
-    query_tile = torch.randint(4, shares.shape[:2], device="cuda")
-    found = tile_shares_kernel.listed_share(shares, query_tile, counts, tiles)
-    torch.testing.assert_close(found, tile_mass.listed_share_cpu(shares, query_tile, counts, tiles), **CLOSE)
+
+
+@pytest.mark.parametrize("density", [None, 0.02, 0.3])
+@pytest.mark.parametrize(("kind", "tokens"), [("grid and columns", 9000), ("columns", 3000), ("grid h+v+s", 20000)])
+def test_what_probes_find(kind: str, tokens: int, density: float | None) -> None:
+    calls = check_plan(kind, tokens, 3, density, "cuda")
+    assert min(calls.values()) > 0, calls
+
+
+@pytest.mark.parametrize("keys", [700, 16384])
+def test_responses_to_strides(keys: int) -> None:
+    by_distance, by_key = torch.rand(2, 3, keys + 1, device="cuda") ** 8, torch.rand(2, 3, keys, device="cuda") ** 8
+    by_distance[..., 0] = 0.0
+    for max_stride in (63, 1024, 3000):
+        found = search_stride_kernel.response(by_distance, by_key, 8, max_stride, 128)
+        expected = search_stride._response_cpu(by_distance, by_key, 8, max_stride)
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0, -300])
+def test_profiles_of_queries(offset: int) -> None:
+    query = torch.randn(2, 8, 9000, 128, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(2, 2, 9000, 128, device="cuda", dtype=torch.bfloat16)
+    modality = torch.zeros(2, 9000, dtype=torch.int32, device="cuda")
+    modality[1, 100:5000] = 2
+    last = last_queries_kernel.last_queries(modality)
+    assert torch.equal(last, last_queries_cpu(modality))
+    found = search_stride_kernel.profiles(query, key, last, 64, 9000, offset, search_stride.NEAR, 0.1)
+    for one, other in zip(found, search_stride._profiles_cpu(query, key, last, 64, 9000, offset, 0.1), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from mmcompile.kernels import (
     block_sparse,
     column_mass_kernel,
+    hot_keys_kernel,
+    last_queries,
+    last_queries_kernel,
     ops,
     permute,
     permute_cpu,
+    probes,
+    probes_kernel,
+    search_stride,
+    search_stride_kernel,
     tile_mass,
     tile_mass_kernel,
     tile_shares_kernel,
@@ -126,6 +133,13 @@ def test_keys_that_are_not_listed_are_not_read(columns, descriptors):
 def every_op_by_triton(monkeypatch):
     """The ops run their kernels for tensors of the CPU too, those that planners sample with among them."""
 
+    def stride_profiles(query, key, last, rows, keys, offset, scale):
+        return search_stride_kernel.profiles(query, key, last, rows, keys, offset, search_stride.NEAR, scale)
+
+    def stride_response(by_distance, by_key, least, max_stride):
+        latest = 2 * search_stride.LAST_QUERIES
+        return search_stride_kernel.response(by_distance, by_key, least, max_stride, latest)
+
     def attention(query, key, value, walk, scale, query_order=None):
         rows = walk.query_row, walk.head_plan
         if query_order is not None:
@@ -142,7 +156,15 @@ def every_op_by_triton(monkeypatch):
     monkeypatch.setattr(tile_mass, "tile_shares_cpu", tile_shares_kernel.tile_shares)
     monkeypatch.setattr(tile_mass, "mean_shares_cpu", tile_shares_kernel.mean_shares)
     monkeypatch.setattr(tile_mass, "spread_out_share_cpu", tile_shares_kernel.spread_out_share)
-    monkeypatch.setattr(tile_mass, "listed_share_cpu", tile_shares_kernel.listed_share)
+    monkeypatch.setattr(probes.Probes, "of_cpu", probes_kernel.place)
+    monkeypatch.setattr(probes.Measured, "recall_cpu", probes_kernel.recall)
+    monkeypatch.setattr(probes, "_totals_cpu", probes_kernel.totals)
+    monkeypatch.setattr(probes, "_agreement_cpu", probes_kernel.agreement)
+    monkeypatch.setattr(probes, "_choose_cpu", probes_kernel.choose)
+    monkeypatch.setattr(probes, "_hot_keys_cpu", hot_keys_kernel.hot_keys)
+    monkeypatch.setattr(search_stride, "_profiles_cpu", stride_profiles)
+    monkeypatch.setattr(search_stride, "_response_cpu", stride_response)
+    monkeypatch.setattr(last_queries, "last_queries_cpu", last_queries_kernel.last_queries)
 
 
 @pytest.mark.parametrize("seed", range(0, len(combinations()), 4))

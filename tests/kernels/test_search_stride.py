@@ -4,8 +4,17 @@ import pytest
 import torch
 
 from benchmarks.planted_heads import TEXT, VIDEO, Head, Look, Plant, Planted, Segment, plant_heads, random_plant
+from mmcompile.kernels import last_queries_kernel, search_stride_kernel
+from mmcompile.kernels.last_queries import last_queries_cpu
 from mmcompile.kernels.orders import token_modality
-from mmcompile.kernels.search_stride import LEAST_STRIDE, search_stride
+from mmcompile.kernels.search_stride import (
+    LAST_QUERIES,
+    LEAST_STRIDE,
+    NEAR,
+    _profiles_cpu,
+    _response_cpu,
+    search_stride,
+)
 
 TOKENS = 4096
 SITE = Head("site", (Look("site"),))
@@ -139,3 +148,42 @@ def test_the_scale_of_the_model_counts() -> None:
     as_is = search_stride(planted.query, planted.key, modality, 0, 1024)
     scaled = search_stride(planted.query / factor, planted.key, modality, 0, 1024, scale * factor)
     assert as_is.tolist() == scaled.tolist() == [plant.stride]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys", "offset", "width"), [(300, 300, 0, 32), (40, 333, 293, 80), (130, 200, -3, 16), (1, 1, 0, 64)]
+)
+def test_kernels_against_torch(queries, keys, offset, width, dtype, poisoned_memory):
+    batch, heads, copies = 2, 4, 2
+    query = torch.randn(batch, queries, heads, width).to(dtype).transpose(1, 2)
+    key = torch.randn(batch, copies, keys, width).to(dtype)
+    rows, looked_at = min(64, queries), min(256, keys)
+    last = torch.full((batch, 8), -1, dtype=torch.int32)
+    last[0, 0], last[1, 2] = queries - 1, queries // 2
+    found = search_stride_kernel.profiles(query, key, last, rows, looked_at, offset, NEAR, 0.3)
+    expected = _profiles_cpu(query, key, last, rows, looked_at, offset, 0.3)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+    for max_stride in (5, 8, 100, 1024):
+        least = min(LEAST_STRIDE, max_stride)
+        response = search_stride_kernel.response(*found, least, max_stride, 2 * LAST_QUERIES)
+        torch.testing.assert_close(response, _response_cpu(*found, least, max_stride), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("keys", [64, 65, 1000, 2500])
+def test_responses_to_any_profile(keys, poisoned_memory):
+    by_distance, by_key = torch.rand(2, 3, keys + 1) ** 8, torch.rand(2, 3, keys) ** 8
+    by_distance[..., 0] = 0.0
+    for max_stride in (63, 64, 200, 3000):
+        response = search_stride_kernel.response(by_distance, by_key, 8, max_stride, 2 * LAST_QUERIES)
+        torch.testing.assert_close(response, _response_cpu(by_distance, by_key, 8, max_stride), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("length", [1, 100, 5000, 9000])
+def test_last_queries(length, poisoned_memory):
+    modality = torch.randint(0, 4, (2, length), dtype=torch.int32) * 2
+    assert torch.equal(last_queries_kernel.last_queries(modality), last_queries_cpu(modality))

@@ -451,24 +451,6 @@ def test_shares_of_tiles_and_columns_add_up_to_one():
     torch.testing.assert_close(shares.sum(2) + held, sees)
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("key_tiles", [1, 40, 1100])
-def test_kernel_of_listed_shares(key_tiles):
-    query_tiles, probes = 6, 5
-    shares = torch.rand(3, probes, key_tiles)
-    full, partial = torch.randint(key_tiles // 2 + 1, (2, 3, query_tiles), dtype=torch.int32)
-    listed = full + partial
-    counts = torch.stack([listed.cumsum(1) - listed, full, partial, full, full], 2).int()
-    tiles = torch.full((3, int(listed.sum(1).max()) + 1), -1, dtype=torch.int32)
-    for row in range(3):
-        chosen = [torch.randperm(key_tiles)[:count] for count in listed[row].tolist()]
-        tiles[row, : int(listed[row].sum())] = torch.cat(chosen)
-    query_tile = torch.randint(query_tiles, (3, probes))
-    found = tile_shares_kernel.listed_share(shares, query_tile, counts, tiles)
-    expected = tile_mass.listed_share_cpu(shares, query_tile, counts, tiles)
-    torch.testing.assert_close(found, expected, **EXACT)
-
-
 INTEGERS = (
     "query_order",
     "query_tags",
