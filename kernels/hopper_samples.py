@@ -11,7 +11,8 @@ from mmcompile.kernels.sample_mask import classify_tiles, lowest_bit
 
 TILE = gl.constexpr(TILE_KEYS)
 RUN = gl.constexpr(32)  # most key tiles of an item, a bit each
-HALF = gl.constexpr(64)  # query rows of one product
+GROUPS = gl.constexpr(4)  # of four warps, that sum
+GROUP = gl.constexpr(64)  # query rows of one of them
 # Items of which the rows' tags and targets are kept: they are read after the queries, of one or two items, have gone.
 ROW_SLOTS = gl.constexpr(4)
 PART = gl.constexpr(16)  # rows whose addresses a warp holds at once
@@ -136,9 +137,9 @@ def schedule(
             wait_empty(query_empty, turn, QUERIES)
             its_query = query + batch.to(gl.int64) * batch_stride + its_head.to(gl.int64) * head_stride
             for part in gl.static_range(BLOCK_M // PART):
-                into = queries.index(turn_slot * (BLOCK_M // HALF) + part * PART // HALF).reshape([HALF, BLOCK_D])
+                into = queries.index(turn_slot * (BLOCK_M // GROUP) + part * PART // GROUP).reshape([GROUP, BLOCK_D])
                 its_token = tokens.slice(part * PART, PART).load(gl.SliceLayout(1, OF_COPY))
-                copy_rows(its_query, row_stride, its_token, into.slice(part * PART % HALF, PART), D, BLOCK_D)
+                copy_rows(its_query, row_stride, its_token, into.slice(part * PART % GROUP, PART), D, BLOCK_D)
             async_copy.commit_group()
             rows = turn % ROW_SLOTS
             row_tags.index(rows * TAGS).store(position)

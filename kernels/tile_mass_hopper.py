@@ -24,16 +24,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mmcompile.kernels.attention_config import padded_head_dim
 from mmcompile.kernels.hopper_launch import multiprocessors, tile_descriptor
-from mmcompile.kernels.hopper_log_mass import sum_first, sum_second
+from mmcompile.kernels.hopper_log_mass import sum_first, sum_fourth, sum_second, sum_third
 from mmcompile.kernels.hopper_ring import FIELDS, make_barriers
-from mmcompile.kernels.hopper_samples import HALF, ROW_SLOTS, RUN, TILE, fetch, schedule
+from mmcompile.kernels.hopper_samples import GROUP, GROUPS, ROW_SLOTS, RUN, TILE, fetch, schedule
 from mmcompile.kernels.hopper_support import LEAST_SCALE
 from mmcompile.kernels.tags import INVALID_SPAN
 from mmcompile.kernels.tile_mass import SampledRows
 from mmcompile.kernels.tile_mass_kernel import key_bias, lengths, shared_arguments
 
 ENOUGH_ITEMS = 8  # for each multiprocessor: with fewer, runs are shorter
-SUM_REGISTERS, OTHER_REGISTERS = gl.constexpr(216), gl.constexpr(72)
+SUM_REGISTERS, OTHER_REGISTERS = gl.constexpr(104), gl.constexpr(64)
 
 
 class Shape(NamedTuple):
@@ -106,12 +106,11 @@ def _log_mass_kernel(
     SEGMENTS: gl.constexpr,
     SPANS: gl.constexpr,
 ):
-    SHARED: gl.constexpr = BLOCK_M == 4 * HALF  # both groups read each tile
-    READERS: gl.constexpr = 2 if SHARED else 1
+    SHARED: gl.constexpr = BLOCK_M == GROUPS * GROUP  # all groups read each tile
     TAGS: gl.constexpr = 4 if SEGMENTS or SPANS else 1  # positions, segments, spans, and one to make it a power of two
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    OF_QUERY: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, HALF, BLOCK_D], key.dtype)
-    queries = gl.allocate_shared_memory(key.dtype, [QUERIES * (BLOCK_M // HALF), 1, 1, HALF, BLOCK_D], OF_QUERY)
+    OF_QUERY: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, GROUP, BLOCK_D], key.dtype)
+    queries = gl.allocate_shared_memory(key.dtype, [QUERIES * (BLOCK_M // GROUP), 1, 1, GROUP, BLOCK_D], OF_QUERY)
     keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, 1, TILE, BLOCK_D], key.layout)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES if COLD else 1, 1, TILE], key_positions.layout)
     slot_tags = gl.allocate_shared_memory(gl.int32, [STAGES * TAGS, 1, TILE], key_positions.layout)
@@ -122,9 +121,9 @@ def _log_mass_kernel(
     targets = gl.allocate_shared_memory(gl.int32, [BLOCK_M], FLAT)
     tokens = gl.allocate_shared_memory(gl.int32, [BLOCK_M], FLAT)
     query_full = make_barriers(QUERIES, 1)
-    query_empty = make_barriers(QUERIES, 3)
+    query_empty = make_barriers(QUERIES, GROUPS + 1)
     key_full = make_barriers(STAGES, 1)
-    key_empty = make_barriers(STAGES, READERS)
+    key_empty = make_barriers(STAGES, BLOCK_M // GROUP)
     key_tiles = gl.cdiv(key_length, TILE)
     # Constants in a variable would become numbers known at run time, so the arguments are written out.
     gl.warp_specialize(
@@ -135,6 +134,16 @@ def _log_mass_kernel(
                 BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (sum_second, (
+                output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+            )),
+            (sum_third, (
+                output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+            )),
+            (sum_fourth, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
                 (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
                 BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
@@ -151,8 +160,8 @@ def _log_mass_kernel(
                 D, BLOCK_D, BLOCK_M, QUERIES, WALK, WINDOW, SEGMENTS, SPANS,
             )),
         ],
-        [4, 1, 1],
-        [SUM_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        [4, 4, 4, 1, 1],
+        [SUM_REGISTERS, SUM_REGISTERS, SUM_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
     )  # fmt: skip
 
 
