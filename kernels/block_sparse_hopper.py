@@ -16,7 +16,6 @@ without tiles multiplies one by 0.
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,20 +23,17 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mmcompile.kernels.attention_config import bulk_copy_strides, padded_head_dim
+from mmcompile.kernels.attention_config import padded_head_dim
 from mmcompile.kernels.gather_columns import gather_columns
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.hopper_attend import attend_first, attend_second
 from mmcompile.kernels.hopper_feed import fetch, schedule
-from mmcompile.kernels.hopper_ring import BLOCK_M, FIELDS, ROWS
+from mmcompile.kernels.hopper_launch import multiprocessors, tile_descriptor
+from mmcompile.kernels.hopper_ring import BLOCK_M, FIELDS, ROWS, make_barriers
+from mmcompile.kernels.hopper_support import LEAST_SCALE
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_walk import MAX_WINDOW, TileWalk
-
-LEAST_SCALE = 1e-30  # all scores alike, in float32
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 class Shape(NamedTuple):
@@ -53,14 +49,6 @@ class Shape(NamedTuple):
 # hold no more.
 SHAPES = {64: Shape(128, 4, 2), 128: Shape(128, 2, 2), 256: Shape(64, 2, 1)}
 CONSUMER_REGISTERS, OTHER_REGISTERS = gl.constexpr(216), gl.constexpr(72)
-
-
-@gluon.jit
-def _barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
-    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for each in gl.static_range(NUMBER):
-        mbarrier.init(made.index(each), count=ARRIVALS)
-    return made
 
 
 @gluon.jit(
@@ -134,14 +122,14 @@ def _attention_kernel(
     info = gl.allocate_shared_memory(gl.int32, [QUERIES, FIELDS], FLAT)
     row_tags = gl.allocate_shared_memory(gl.int32, [QUERIES * TAGS, BLOCK_M], FLAT)
     slot_tags = gl.allocate_shared_memory(gl.int32, [SLOTS * TAGS, BLOCK_N], FLAT)
-    query_full = _barriers(QUERIES, 2)  # the copy, and the fields
-    query_empty = _barriers(QUERIES, 3)
-    key_full = _barriers(STAGES, 1)
-    key_empty = _barriers(STAGES, 2)
-    value_full = _barriers(STAGES, 1)
-    value_empty = _barriers(STAGES, 2)
-    tags_full = _barriers(SLOTS, 1)
-    tags_empty = _barriers(SLOTS, 2)
+    query_full = make_barriers(QUERIES, 2)  # the copy, and the fields
+    query_empty = make_barriers(QUERIES, 3)
+    key_full = make_barriers(STAGES, 1)
+    key_empty = make_barriers(STAGES, 2)
+    value_full = make_barriers(STAGES, 1)
+    value_empty = make_barriers(STAGES, 2)
+    tags_full = make_barriers(SLOTS, 1)
+    tags_empty = make_barriers(SLOTS, 2)
     sizes = (batches, heads, gl.cdiv(query_length, BLOCK_M))
     # Constants in a variable would become numbers known at run time, so the arguments are written out.
     gl.warp_specialize(
@@ -186,15 +174,15 @@ def launch(
     shape = SHAPES[padded]
     output = query.new_empty(batch, query_length, heads, width)  # [B, Sq, H, D]
     items = batch * heads * triton.cdiv(query_length, TILE)
-    programs = min(items, _multiprocessors(query.device))
+    programs = min(items, multiprocessors(query.device))
     columns = walk.columns.shape[2]
     head_plan, key_head = (head_indices(values, query.device) for values in (walk.head_plan, walk.key_head))
     gathered = gather_columns(key, value, walk) if columns else (key, value)
     with torch.cuda.device_of(query):
         _attention_kernel[(programs,)](
-            _descriptor(query, int(ROWS), padded),
+            tile_descriptor(query, int(ROWS), padded),
             query,
-            *(_descriptor(tensor, shape.block_n, padded) for tensor in (key, value, *gathered)),
+            *(tile_descriptor(tensor, shape.block_n, padded) for tensor in (key, value, *gathered)),
             output,
             walk.query_row if query_order is None else query_order.contiguous(),
             *(tensor.contiguous() for tensor in walk[:8]),
@@ -230,15 +218,3 @@ def launch(
             enable_fp_fusion=True,
         )
     return output.transpose(1, 2)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """[B, C, S, D] for the bulk copy engine, a block of so many rows at a time."""
-    block = [1, 1, rows, width]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), bulk_copy_strides(tensor), block, layout)

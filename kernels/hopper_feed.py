@@ -18,6 +18,7 @@ from mmcompile.kernels.hopper_ring import (
     ROWS,
     STEPS,
     TILE_STEPS,
+    copy_rows,
     get_field,
     place_of,
     put_field,
@@ -33,16 +34,12 @@ NEVER = gl.constexpr(2**31 - 1)  # a position that no query sees
 def _gather_queries(source, row_stride, order, first, length, buffers, slot, D: gl.constexpr, BLOCK_D: gl.constexpr):
     """The queries of an item, row by row from where their tokens stand."""
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [1, 1], [1, 0])  # 16 bytes each
-    column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, COPY))
     for half in gl.static_range(2):
         for part in gl.static_range(ROWS // COPIED):
             row = first + half * ROWS + part * COPIED + gl.arange(0, COPIED, layout=gl.SliceLayout(1, COPY))
-            token = gl.load(order + row, mask=row < length, other=0).to(gl.int64)
+            token = gl.load(order + row, mask=row < length, other=-1)
             into = buffers.index(slot * 2 + half).reshape([ROWS, BLOCK_D]).slice(part * COPIED, COPIED)
-            # Rows start at 16 bytes, as the bulk copy engine wants it too.
-            pointers = source + (token * row_stride)[:, None] + column[None, :]
-            pointers = gl.max_contiguous(gl.multiple_of(pointers, [16, 16]), [1, 8])
-            async_copy.async_copy_global_to_shared(into, pointers, (row < length)[:, None] & (column < D)[None, :])
+            copy_rows(source, row_stride, token, into, D, BLOCK_D)
     async_copy.commit_group()
     async_copy.wait_group(0)
     # The matrix units read shared memory by another way than these copies write it.

@@ -1,4 +1,4 @@
-"""Where the Hopper attention kernel runs. Imports no Gluon, which changes from one version of Triton to the next."""
+"""Where the Hopper kernels run. Imports no Gluon, which changes from one version of Triton to the next."""
 
 from functools import lru_cache
 
@@ -13,6 +13,7 @@ HEAD_DIMS = (64, 128, 256)  # padded ones
 # Query tokens from which the kernel itself gathers and scatters rows. Measured on an H200: 128K tokens take 5.12 ms
 # where permute, kernel and unpermute take 6.04; at 32K one warp's gathering costs what the two copies do.
 FOLDS_FROM = 65536
+LEAST_SCALE = 1e-30  # all scores alike, in float32
 # Single keys of a plan row, or as a share of the keys where that is more: they are gathered for each head, which for
 # many more would take the keys' own room.
 MOST_COLUMNS, COLUMNS_SHARE = 8192, 1 / 32
@@ -35,12 +36,17 @@ def _why_not_there(device: torch.device) -> str | None:
     return None if version in MEASURED_ON else f"not measured on Triton {version}"
 
 
-def runs(query: Tensor, key: Tensor, value: Tensor, columns: int) -> bool:
-    """Whether the kernel takes these tensors. query: [B, H, Sq, D], key, value: [B, C, Sk, D]. columns: the most that a
-    plan row may list."""
-    return (
-        min(query.numel(), key.numel()) > 0
-        and why_not(query.device, query.dtype, query.shape[3]) is None
-        and columns <= max(MOST_COLUMNS, key.shape[2] * COLUMNS_SHARE)
-        and all(takes_descriptors(tensor) for tensor in (query, key, value))
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels take these queries or keys or values, [B, C, S, D] each."""
+    return all(
+        tensor.numel() > 0
+        and why_not(tensor.device, tensor.dtype, tensor.shape[3]) is None
+        and takes_descriptors(tensor)
+        for tensor in tensors
     )
+
+
+def runs(query: Tensor, key: Tensor, value: Tensor, columns: int) -> bool:
+    """Whether the attention kernel takes these tensors. columns: the most that a plan row may list."""
+    most = max(MOST_COLUMNS, key.shape[2] * COLUMNS_SHARE)
+    return columns <= most and takes(query, key, value)

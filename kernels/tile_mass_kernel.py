@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmcompile.kernels import hopper_support
 from mmcompile.kernels.attention_config import (
     Config,
     attention_config,
@@ -315,7 +316,16 @@ def _slots_log_mass_kernel(
 
 
 def tile_log_mass(sampled: SampledRows, cold: Tensor | None, config: Config | None = None) -> Tensor:
-    """`tile_log_mass` of tile_mass.py for CUDA tensors. config: launch shape, for tests and measurements."""
+    """`tile_log_mass` of tile_mass.py for CUDA tensors.
+
+    config: launch shape of the portable kernel, for tests and measurements: it runs that one everywhere.
+    """
+    sampled = sampled._replace(query=unit_columns(sampled.query), key=unit_columns(sampled.key))
+    if config is None and sampled.slots.numel() > 0 and hopper_support.takes(sampled.query, sampled.key):
+        # Imported where it runs: another version of Triton may have no Gluon, or another one.
+        from mmcompile.kernels import tile_mass_hopper
+
+        return tile_mass_hopper.launch(sampled, cold)
     config = config or launch_config(sampled.query)
     batch, plans, samples = sampled.slots.shape
     key_tiles = tile_count(sampled.key.shape[2])
@@ -324,7 +334,7 @@ def tile_log_mass(sampled: SampledRows, cold: Tensor | None, config: Config | No
         return output
     rows = batch * plans * triton.cdiv(samples, config.block_m)
     run = min(RUN, max(1, rows * key_tiles // ENOUGH_PROGRAMS))
-    query, key = unit_columns(sampled.query), unit_columns(sampled.key)
+    query, key = sampled.query, sampled.key
     descriptor = takes_descriptors(key)
     walk = sampled.walk() if samples > config.block_m else None
     with torch.cuda.device_of(key):
@@ -381,11 +391,18 @@ def slots_log_mass(sampled: SampledRows, key_slots: Tensor, listed: Tensor, conf
 
 
 def _bias(cold: Tensor, descriptor_rows: int | None) -> Tensor | TensorDescriptor:
-    """What is added to the scores of the keys of whole tiles: 0, or -inf where they count for nothing."""
+    bias = key_bias(cold)
+    return bias if descriptor_rows is None else TensorDescriptor.from_tensor(bias, [1, descriptor_rows])
+
+
+def key_bias(cold: Tensor) -> Tensor:
+    """What is added to the scores of the keys of whole tiles: 0, or -inf where they count for nothing.
+
+    cold: bool [B, P, Sk]. Returns float32 [B * P, nK * TILE].
+    """
     missing = -cold.shape[2] % TILE
     cold = cold.flatten(0, 1)
-    bias = (pad(cold, (0, missing), value=True) if missing else cold.contiguous()).log()  # float32 [B * P, nK * TILE]
-    return bias if descriptor_rows is None else TensorDescriptor.from_tensor(bias, [1, descriptor_rows])
+    return (pad(cold, (0, missing), value=True) if missing else cold.contiguous()).log()
 
 
 def launch_config(query: Tensor) -> Config:
