@@ -1,4 +1,4 @@
-"""Launch shapes of the attention kernel, and which devices load keys through tensor descriptors.
+"""Launch shapes of the attention kernel.
 
 A small table instead of autotuning: nothing is measured in a user's first prefill, and every run is alike.
 """
@@ -9,9 +9,23 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 LARGE_SHARED_MEMORY = 200 * 1024  # bytes a program; what LARGE needs at most
+# Arguments of the attention kernels. Code that knows a length to be 1 or divisible by 16 gains nothing, and would be
+# compiled once more.
+UNSPECIALIZED = [
+    "batches",
+    "heads",
+    "plans",
+    "query_orders",
+    "key_orders",
+    "tile_entries",
+    "column_entries",
+    "query_length",
+    "key_length",
+    "scale_log2",
+    "window",
+]
 
 
 class Config(NamedTuple):
@@ -58,35 +72,9 @@ def attention_config(query: Tensor) -> Config:
     return LARGE[key] if key in LARGE and _large_shared_memory(query.device) else SMALL[key]
 
 
-def takes_descriptors(tensor: Tensor) -> bool:
-    """Whether the bulk copy engine can read [B, C, S, D] as it lies, and the device has one."""
-    aligned = tensor.data_ptr() % 16 == 0
-    for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
-        aligned &= size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0)
-    return aligned and tensor.element_size() == 2 and _has_bulk_copies(tensor.device)
-
-
-def key_descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """[B, C, S, D] for the bulk copy engine, a block of so many rows of one head at a time."""
-    block = [1, 1, rows, padded_head_dim(tensor.shape[3])]
-    return TensorDescriptor(tensor, list(tensor.shape), bulk_copy_strides(tensor), block)
-
-
-def bulk_copy_strides(tensor: Tensor) -> list[int]:
-    """Strides of [B, C, S, D] as the bulk copy engine wants them: it minds that of a dimension of size 1 too."""
-    row = triton.cdiv(tensor.shape[3], 16) * 16
-    sizes = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    return [*(row if size == 1 else stride for size, stride in sizes), 1]
-
-
 @lru_cache
 def _large_shared_memory(device: torch.device) -> bool:
     if device.type != "cuda":  # the interpreter
         return False
     limit = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
     return limit >= LARGE_SHARED_MEMORY
-
-
-@lru_cache
-def _has_bulk_copies(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)

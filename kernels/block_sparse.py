@@ -13,32 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mmcompile.kernels import hopper_support
-from mmcompile.kernels.attention_config import (
-    Config,
-    attention_config,
-    key_descriptor,
-    padded_head_dim,
-    takes_descriptors,
-)
+from mmcompile.kernels.attention_config import UNSPECIALIZED, Config, attention_config, padded_head_dim
+from mmcompile.kernels.bulk_copies import key_descriptor, takes_descriptors
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.permute import permute, unpermute
 from mmcompile.kernels.tile_walk import MAX_WINDOW, TileWalk
-
-# Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-UNSPECIALIZED = [
-    "batches",
-    "heads",
-    "plans",
-    "query_orders",
-    "key_orders",
-    "tile_entries",
-    "column_entries",
-    "query_length",
-    "key_length",
-    "scale_log2",
-    "window",
-]
+from mmcompile.kernels.unit_columns import unit_columns
 
 
 @triton.jit
@@ -284,7 +265,7 @@ def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, query_order: Tensor | None = None
 ) -> Tensor:
     """The op of that name for CUDA tensors; arguments as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (unit_columns(x) for x in (query, key, value))
     hopper = hopper_support.runs(query, key, value, walk.columns.shape[2])
     if query_order is not None and not (hopper and query.shape[2] >= hopper_support.FOLDS_FROM):
         query = permute(query, query_order, walk.query_row, range(query.shape[1]), walk.head_plan)

@@ -11,8 +11,8 @@ exponentials nor for the beginning or the end of an item.
 Buffers go round by barriers: `full` says that what is in one may be used, `empty` that it may be written again; `turn`
 counts items, `index` tiles, `masked` tiles with a mask.
 
-Keys and values are finite: what no query sees of a tile, or of a list's last columns, is multiplied by 0, and an item
-without tiles multiplies one by 0.
+Keys and values that a plan row lists are finite: what a query does not see of a listed tile, or of the columns that
+follow its own list in the last step, is multiplied by 0. What no list names is never read: zeros are, in its place.
 """
 
 import math
@@ -27,7 +27,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mmcompile.kernels.attention_config import bulk_copy_strides, padded_head_dim
+from mmcompile.kernels.attention_config import UNSPECIALIZED, padded_head_dim
+from mmcompile.kernels.bulk_copies import bulk_copy_strides
 from mmcompile.kernels.gather_columns import gather_columns
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.hopper_attend import attend_first, attend_second
@@ -63,22 +64,7 @@ def _barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
     return made
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "batches",
-        "heads",
-        "plans",
-        "query_orders",
-        "key_orders",
-        "tile_entries",
-        "column_entries",
-        "query_length",
-        "key_length",
-        "scale_log2",
-        "window",
-        "programs",
-    ]
-)
+@gluon.jit(do_not_specialize=[*UNSPECIALIZED, "programs"])
 def _attention_kernel(
     query,
     source,

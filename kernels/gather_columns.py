@@ -68,8 +68,8 @@ def _gather_kernel(
 
 
 def gather_columns(key: Tensor, value: Tensor, walk: TileWalk) -> tuple[Tensor, Tensor]:
-    """The keys and values that a plan's columns name, for each head: [B, H, C, D] each, contiguous. Zeros where no query
-    tile's list names an entry.
+    """The keys and values that a plan's columns name, for each head: [B, H, C, D] each, contiguous; zeros for
+    entries in no query tile's list.
 
     key, value: [B, copies, Sk, D], the last dimension contiguous.
     """

@@ -14,13 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mmcompile.kernels.attention_config import (
-    Config,
-    attention_config,
-    key_descriptor,
-    padded_head_dim,
-    takes_descriptors,
-)
+from mmcompile.kernels.attention_config import Config, attention_config, padded_head_dim
+from mmcompile.kernels.bulk_copies import key_descriptor, takes_descriptors
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.sample_mask import (
@@ -35,6 +30,7 @@ from mmcompile.kernels.sample_mask import (
 )
 from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.tile_mass import SampledRows
+from mmcompile.kernels.unit_columns import unit_columns
 
 RUN = 32  # most key tiles of one program, a bit each, with the rows' queries read once
 REGISTERS = 128  # of a thread
@@ -400,10 +396,6 @@ def gather_config(query: Tensor) -> Config:
     """Launch shape for keys that are loaded one by one: their addresses take registers."""
     config = launch_config(query)
     return config._replace(block_n=min(config.block_n, 64))
-
-
-def unit_columns(rows: Tensor) -> Tensor:
-    return rows if rows.stride(3) == 1 else rows.contiguous()
 
 
 def shared_arguments(sampled: SampledRows) -> tuple[Tensor, ...]:
