@@ -1,6 +1,6 @@
-"""Launch shapes of the attention kernel.
+"""Launch shapes of the attention kernel: a table, so that nothing is measured in a first prefill where the table was.
 
-A small table instead of autotuning: nothing is measured in a user's first prefill, and every run is alike.
+Elsewhere `choose_config.py` measures.
 """
 
 from functools import lru_cache
@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+MEASURED_ON = {("NVIDIA H200", "3.6")}  # GPUs and Triton versions on which nothing faster than the table was found
 LARGE_SHARED_MEMORY = 200 * 1024  # bytes a program; what LARGE needs at most
 # Arguments of the attention kernels. Code that knows a length to be 1 or divisible by 16 gains nothing, and would be
 # compiled once more.
@@ -67,14 +68,23 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def attention_config(query: Tensor) -> Config:
-    """The launch shape for queries [B, H, S, D] of this dtype, head dim and device."""
-    key = query.element_size(), padded_head_dim(query.shape[3])
-    return LARGE[key] if key in LARGE and _large_shared_memory(query.device) else SMALL[key]
+    """The table's launch shape for queries [B, H, S, D]."""
+    return table_config(query.device, query.dtype, query.shape[3])
+
+
+def table_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
+    """The table's launch shape."""
+    key = dtype.itemsize, padded_head_dim(head_dim)
+    return LARGE[key] if key in LARGE and _large_shared_memory(device) else SMALL[key]
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @lru_cache
 def _large_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda":  # the interpreter
-        return False
-    limit = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return limit >= LARGE_SHARED_MEMORY
+    # Without a GPU: the interpreter.
+    return device.type == "cuda" and shared_memory(device) >= LARGE_SHARED_MEMORY

@@ -202,8 +202,7 @@ def test_keys_that_are_not_listed_are_not_read(seed, columns, density):
 def test_every_part_of_the_mask_on_the_portable_kernel(mask, poisoned_memory):
     case = replace(MASKS[mask], width=64)
     walk, inputs = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
-    config = attention_config(inputs[0])
-    assert_exact(block_sparse.launch(*inputs, walk, 0.125, config, takes_descriptors(inputs[1])), inputs, walk)
+    assert_exact(block_sparse.portable_attention(*inputs, walk, 0.125), inputs, walk)
 
 
 def test_scale_0_is_the_mean_of_the_values():
