@@ -26,9 +26,7 @@ MOST, SECONDS, MEBIBYTES = 6, 30.0, 100
 TURNS = 7  # of each shape
 MOST_SPILLS = 16  # registers of a thread; more would go to memory and back in every step
 MOST_SUMS = 160  # registers of a thread for scores and output; the other 95 hold what they are made of
-MOST_PRODUCTS = (
-    512  # of a thread and step outside the matrix units: with more, registers spill, and compiling takes long
-)
+MOST_PRODUCTS = 512  # of a thread and step outside the matrix units; more spill, and take long to compile
 # Most promising first. Two bytes an element: products in matrix units. Four: outside them, from registers.
 SHAPES = {
     2: (
@@ -144,7 +142,8 @@ class _Walk:
         heads = min(64, (MEBIBYTES * 2**20 - COPIES * a_copy) // a_head // COPIES * COPIES)
         query = draw(1, heads, queries, padded)
         output = query.new_empty(1, queries, heads, padded)
-        return cls(query, *(draw(1, COPIES, keys, padded) for _ in "kv"), output, synthetic_walk(heads, device))
+        key, value = (draw(1, COPIES, keys, padded) for _ in "kv")
+        return cls(query, key, value, output, synthetic_walk(heads, device))
 
     def spills(self, run: Run, config: Config) -> int:
         return int(self._run(run, config).n_spills)
@@ -175,9 +174,19 @@ def synthetic_walk(heads: int, device: torch.device) -> TileWalk:
         torch.stack([position, torch.zeros_like(position), torch.full_like(position, -1)]).int().view(1, 1, 3, -1)
         for position in (key_position[offset * TILE :], key_position)
     )
-    row = torch.zeros(1, 1, dtype=torch.int32)
-    columns = torch.arange(COLUMNS, dtype=torch.int32).view(1, 1, -1)
-    cold = (key_position >= COLUMNS).view(1, 1, -1)
-    lists = query_tags, key_tags, row, row, counts.int().view(1, 1, -1, 5), tiles.view(1, 1, -1), columns, cold
-    key_head = tuple(head * COPIES // heads for head in range(heads))
-    return TileWalk(*(part.to(device) for part in lists), (0,) * heads, key_head, None, False, False)
+    row = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    return TileWalk(
+        query_tags.to(device),
+        key_tags.to(device),
+        row,
+        row,
+        counts.int().view(1, 1, -1, 5).to(device),
+        tiles.view(1, 1, -1).to(device),
+        torch.arange(COLUMNS, dtype=torch.int32, device=device).view(1, 1, -1),
+        (key_position >= COLUMNS).view(1, 1, -1).to(device),
+        head_plan=(0,) * heads,
+        key_head=tuple(head * COPIES // heads for head in range(heads)),
+        window=None,
+        segments=False,
+        spans=False,
+    )
