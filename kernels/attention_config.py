@@ -3,12 +3,12 @@
 Elsewhere `choose_config.py` measures.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
 MEASURED_ON = {("NVIDIA H200", "3.6")}  # GPUs and Triton versions on which nothing faster than the table was found
 LARGE_SHARED_MEMORY = 200 * 1024  # bytes a program; what LARGE needs at most
@@ -38,16 +38,16 @@ class Config(NamedTuple):
     stages: int
 
 
-# Keyed on (bytes of an element, padded head dim). Chosen by the registers, spills and shared memory of the
-# code that Triton 3.6 and 3.9 make for compute capability 9.0 (LARGE) and 8.0 (SMALL).
+# Keyed on (bytes of an element, padded head dim). Where programs have much shared memory: the fastest on an H200.
 LARGE = {
-    (2, 16): Config(128, 128, 8, 3),
-    (2, 32): Config(128, 128, 8, 3),
-    (2, 64): Config(128, 128, 8, 3),
-    (2, 128): Config(128, 128, 8, 3),
+    (2, 16): Config(64, 128, 4, 2),
+    (2, 32): Config(64, 128, 4, 2),
+    (2, 64): Config(64, 128, 4, 2),
+    (2, 128): Config(128, 128, 8, 2),
     (2, 256): Config(128, 64, 8, 3),
 }
-# Fits in 64 KiB of shared memory. Float32 products are exact, so they run outside the tensor cores.
+# Fits in 64 KiB of shared memory, and by the code that Triton makes for compute capability 8.0 the registers. Float32
+# products are exact, so they run outside the tensor cores.
 SMALL = {
     (2, 16): Config(128, 64, 4, 2),
     (2, 32): Config(128, 64, 4, 2),
@@ -67,15 +67,12 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def attention_config(query: Tensor) -> Config:
-    """The table's launch shape for queries [B, H, S, D]."""
-    return table_config(query.device, query.dtype, query.shape[3])
-
-
-def table_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
-    """The table's launch shape."""
+def table_config(
+    device: torch.device, dtype: torch.dtype, head_dim: int, large: Mapping[tuple[int, int], Config] = LARGE
+) -> Config:
+    """The table's launch shape. large: in place of LARGE, where the device has the shared memory for it."""
     key = dtype.itemsize, padded_head_dim(head_dim)
-    return LARGE[key] if key in LARGE and _large_shared_memory(device) else SMALL[key]
+    return large[key] if key in large and _large_shared_memory(device) else SMALL[key]
 
 
 def shared_memory(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
 from mmcompile.kernels import block_sparse, hopper_support, reference
 from mmcompile.kernels.attend import plan_attention, sparse_attention
-from mmcompile.kernels.attention_config import LARGE, SMALL, attention_config
+from mmcompile.kernels.attention_config import LARGE, SMALL, table_config
 from mmcompile.kernels.bulk_copies import takes_descriptors
 from mmcompile.kernels.flex import block_mask, flex_attention_on_plan
 from mmcompile.kernels.patterns import TILE, HeadPattern
@@ -262,7 +262,7 @@ def test_row_offsets_past_32_bits(descriptors):
     if descriptors and not takes_descriptors(key):
         pytest.skip("this device has no bulk copies")
     walk = causal_walk(length, HeadPattern("a_shape", local=1024), 1, 1)
-    config = attention_config(query)
+    config = table_config(query.device, query.dtype, query.shape[3])
     far = block_sparse.launch(query, key, value, walk, 128**-0.5, config, descriptors)
     near = [x.contiguous() for x in (query, key, value)]
     assert torch.equal(far, block_sparse.launch(*near, walk, 128**-0.5, config, descriptors))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmcompile.kernels import block_sparse, choose_config
-from mmcompile.kernels.attention_config import attention_config, padded_head_dim
+from mmcompile.kernels.attention_config import padded_head_dim, table_config
 from mmcompile.kernels.measure_configs import MEBIBYTES, measure, shapes_to_try
 from mmcompile.kernels.which_kernel import which_kernel
 from tests.gpu.test_kernels_gpu import CASE, assert_exact, on_gpu
@@ -77,7 +77,7 @@ def test_nothing_is_measured_while_a_graph_is_recorded(monkeypatch, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_is_measured_is_the_table_and_some_others(dtype):
     query = torch.empty(1, 1, 1, 64, device="cuda", dtype=dtype)
-    table = attention_config(query)
+    table = table_config(query.device, query.dtype, query.shape[3])
     milliseconds = measure(block_sparse.run, query.device, dtype, 64, table)
     assert next(iter(milliseconds)) == table
     assert len(milliseconds) > 2 and all(0 < median < 100 for median in milliseconds.values())
