@@ -1,17 +1,32 @@
-"""Launch shapes of the attention kernel, and which devices load keys through tensor descriptors.
+"""Launch shapes of the attention kernel: a table, so that nothing is measured in a first prefill where the table was.
 
-A small table instead of autotuning: nothing is measured in a user's first prefill, and every run is alike.
+Elsewhere `choose_config.py` measures.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+MEASURED_ON = {("NVIDIA H200", "3.6")}  # GPUs and Triton versions on which nothing faster than the table was found
 LARGE_SHARED_MEMORY = 200 * 1024  # bytes a program; what LARGE needs at most
+# Arguments of the attention kernels. Code that knows a length to be 1 or divisible by 16 gains nothing, and would be
+# compiled once more.
+UNSPECIALIZED = [
+    "batches",
+    "heads",
+    "plans",
+    "query_orders",
+    "key_orders",
+    "tile_entries",
+    "column_entries",
+    "query_length",
+    "key_length",
+    "scale_log2",
+    "window",
+]
 
 
 class Config(NamedTuple):
@@ -23,16 +38,16 @@ class Config(NamedTuple):
     stages: int
 
 
-# Keyed on (bytes of an element, padded head dim). Chosen by the registers, spills and shared memory of the
-# code that Triton 3.6 and 3.9 make for compute capability 9.0 (LARGE) and 8.0 (SMALL).
+# Keyed on (bytes of an element, padded head dim). Where programs have much shared memory: the fastest on an H200.
 LARGE = {
-    (2, 16): Config(128, 128, 8, 3),
-    (2, 32): Config(128, 128, 8, 3),
-    (2, 64): Config(128, 128, 8, 3),
-    (2, 128): Config(128, 128, 8, 3),
+    (2, 16): Config(64, 128, 4, 2),
+    (2, 32): Config(64, 128, 4, 2),
+    (2, 64): Config(64, 128, 4, 2),
+    (2, 128): Config(128, 128, 8, 2),
     (2, 256): Config(128, 64, 8, 3),
 }
-# Fits in 64 KiB of shared memory. Float32 products are exact, so they run outside the tensor cores.
+# Fits in 64 KiB of shared memory, and by the code that Triton makes for compute capability 8.0 the registers. Float32
+# products are exact, so they run outside the tensor cores.
 SMALL = {
     (2, 16): Config(128, 64, 4, 2),
     (2, 32): Config(128, 64, 4, 2),
@@ -52,41 +67,21 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def attention_config(query: Tensor) -> Config:
-    """The launch shape for queries [B, H, S, D] of this dtype, head dim and device."""
-    key = query.element_size(), padded_head_dim(query.shape[3])
-    return LARGE[key] if key in LARGE and _large_shared_memory(query.device) else SMALL[key]
+def table_config(
+    device: torch.device, dtype: torch.dtype, head_dim: int, large: Mapping[tuple[int, int], Config] = LARGE
+) -> Config:
+    """The table's launch shape. large: in place of LARGE, where the device has the shared memory for it."""
+    key = dtype.itemsize, padded_head_dim(head_dim)
+    return large[key] if key in large and _large_shared_memory(device) else SMALL[key]
 
 
-def takes_descriptors(tensor: Tensor) -> bool:
-    """Whether the bulk copy engine can read [B, C, S, D] as it lies, and the device has one."""
-    aligned = tensor.data_ptr() % 16 == 0
-    for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
-        aligned &= size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0)
-    return aligned and tensor.element_size() == 2 and _has_bulk_copies(tensor.device)
-
-
-def key_descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """[B, C, S, D] for the bulk copy engine, a block of so many rows of one head at a time."""
-    block = [1, 1, rows, padded_head_dim(tensor.shape[3])]
-    return TensorDescriptor(tensor, list(tensor.shape), bulk_copy_strides(tensor), block)
-
-
-def bulk_copy_strides(tensor: Tensor) -> list[int]:
-    """Strides of [B, C, S, D] as the bulk copy engine wants them: it minds that of a dimension of size 1 too."""
-    row = triton.cdiv(tensor.shape[3], 16) * 16
-    sizes = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    return [*(row if size == 1 else stride for size, stride in sizes), 1]
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have on a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @lru_cache
 def _large_shared_memory(device: torch.device) -> bool:
-    if device.type != "cuda":  # the interpreter
-        return False
-    limit = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-    return limit >= LARGE_SHARED_MEMORY
-
-
-@lru_cache
-def _has_bulk_copies(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    # Without a GPU: the interpreter.
+    return device.type == "cuda" and shared_memory(device) >= LARGE_SHARED_MEMORY

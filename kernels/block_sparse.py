@@ -6,6 +6,8 @@ gathered from wherever they lie. One running softmax (base 2, float32) spans all
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -13,32 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mmcompile.kernels import hopper_support
-from mmcompile.kernels.attention_config import (
-    Config,
-    attention_config,
-    key_descriptor,
-    padded_head_dim,
-    takes_descriptors,
-)
+from mmcompile.kernels.attention_config import UNSPECIALIZED, Config, padded_head_dim
+from mmcompile.kernels.bulk_copies import key_descriptor, takes_descriptors
+from mmcompile.kernels.choose_config import choose_config
 from mmcompile.kernels.head_indices import head_indices
+from mmcompile.kernels.measure_configs import measure
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.permute import permute, unpermute
 from mmcompile.kernels.tile_walk import MAX_WINDOW, TileWalk
-
-# Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-UNSPECIALIZED = [
-    "batches",
-    "heads",
-    "plans",
-    "query_orders",
-    "key_orders",
-    "tile_entries",
-    "column_entries",
-    "query_length",
-    "key_length",
-    "scale_log2",
-    "window",
-]
+from mmcompile.kernels.unit_columns import unit_columns
 
 
 @triton.jit
@@ -284,7 +269,7 @@ def block_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, query_order: Tensor | None = None
 ) -> Tensor:
     """The op of that name for CUDA tensors; arguments as there. [B, H, Sq, D] in [B, Sq, H, D] memory."""
-    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = (unit_columns(x) for x in (query, key, value))
     hopper = hopper_support.runs(query, key, value, walk.columns.shape[2])
     if query_order is not None and not (hopper and query.shape[2] >= hopper_support.FOLDS_FROM):
         query = permute(query, query_order, walk.query_row, range(query.shape[1]), walk.head_plan)
@@ -295,11 +280,31 @@ def block_sparse_attention(
         from mmcompile.kernels import block_sparse_hopper
 
         return block_sparse_hopper.launch(query, key, value, walk, scale, query_order)
+    return portable_attention(query, key, value, walk, scale)
+
+
+def portable_attention(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> Tensor:
+    """`block_sparse_attention` by the portable kernel, for tensors with contiguous rows."""
+    config = choose_config(query, partial(measure, run))
     descriptors = takes_descriptors(key) and takes_descriptors(value)
-    return launch(query, key, value, walk, scale, attention_config(query), descriptors)
+    return launch(query, key, value, walk, scale, config, descriptors)
 
 
 def launch(
+    query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float, config: Config, descriptors: bool
+) -> Tensor:
+    """`block_sparse_attention` with the caller's launch shape, for measurements and the interpreter."""
+    batch, heads, query_length, width = query.shape
+    output = query.new_empty(batch, query_length, heads, width)  # [B, Sq, H, D]
+    if output.numel() == 0 or key.shape[2] == 0:
+        output.zero_()
+    else:
+        run(output, query, key, value, walk, scale, config, descriptors)
+    return output.transpose(1, 2)
+
+
+def run(
+    output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -307,18 +312,16 @@ def launch(
     scale: float,
     config: Config,
     descriptors: bool,
-) -> Tensor:
-    """`block_sparse_attention` with the caller's launch shape, for measurements and the interpreter."""
+) -> Any:
+    """Fills an output [B, Sq, H, D] that is not empty; returns the compiled kernel."""
     batch, heads, query_length, width = query.shape
-    key_length = key.shape[2]
-    output = query.new_empty(batch, query_length, heads, width)  # [B, Sq, H, D]
-    if output.numel() == 0 or key_length == 0:
-        return output.zero_().transpose(1, 2)
     padded = padded_head_dim(width)
     # Everything on the first grid axis: the others end at 65,535.
     grid = (batch * heads * triton.cdiv(query_length, config.block_m),)
     with torch.cuda.device_of(query):
-        _attention_kernel[grid](
+        compiled = _attention_kernel[
+            grid
+        ](
             query,
             key,  # columns are gathered through pointers, whatever loads the tiles
             value,
@@ -339,7 +342,7 @@ def launch(
             walk.tiles.shape[2],
             walk.columns.shape[2],
             query_length,
-            key_length,
+            key.shape[2],
             scale / math.log(2.0),
             min(walk.window or 0, MAX_WINDOW),
             D=width,
@@ -357,4 +360,4 @@ def launch(
             # Named, because Triton 3.10 changes the default and 3.9 warns of it.
             enable_fp_fusion=True,
         )
-    return output.transpose(1, 2)
+    return compiled

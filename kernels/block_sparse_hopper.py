@@ -11,8 +11,8 @@ exponentials nor for the beginning or the end of an item.
 Buffers go round by barriers: `full` says that what is in one may be used, `empty` that it may be written again; `turn`
 counts items, `index` tiles, `masked` tiles with a mask.
 
-Keys and values are finite: what no query sees of a tile, or of a list's last columns, is multiplied by 0, and an item
-without tiles multiplies one by 0.
+Keys and values that a plan row lists are finite: what a query does not see of a listed tile, or of the columns that
+follow its own list in the last step, is multiplied by 0. What no list names is never read: zeros are, in its place.
 """
 
 import math
@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mmcompile.kernels.attention_config import padded_head_dim
+from mmcompile.kernels.attention_config import UNSPECIALIZED, padded_head_dim
 from mmcompile.kernels.gather_columns import gather_columns
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.hopper_attend import attend_first, attend_second
@@ -51,22 +51,7 @@ SHAPES = {64: Shape(128, 4, 2), 128: Shape(128, 2, 2), 256: Shape(64, 2, 1)}
 CONSUMER_REGISTERS, OTHER_REGISTERS = gl.constexpr(216), gl.constexpr(72)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "batches",
-        "heads",
-        "plans",
-        "query_orders",
-        "key_orders",
-        "tile_entries",
-        "column_entries",
-        "query_length",
-        "key_length",
-        "scale_log2",
-        "window",
-        "programs",
-    ]
-)
+@gluon.jit(do_not_specialize=[*UNSPECIALIZED, "programs"])
 def _attention_kernel(
     query,
     source,

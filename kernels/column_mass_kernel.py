@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompile.kernels.attention_config import Config, key_descriptor, takes_descriptors
+from mmcompile.kernels.attention_config import Config
+from mmcompile.kernels.bulk_copies import key_descriptor, takes_descriptors
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.sample_mask import (
     as_bits,
@@ -33,8 +34,8 @@ from mmcompile.kernels.tile_mass_kernel import (
     launch_shape,
     lengths,
     shared_arguments,
-    unit_columns,
 )
+from mmcompile.kernels.unit_columns import unit_columns
 
 # Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
 UNSPECIALIZED = [

@@ -86,6 +86,58 @@ def _softmax(scores, maximum, total, scale_log2):
 
 
 @gluon.jit
+def _step(
+    half: gl.constexpr,
+    query,
+    index,
+    turn,
+    masked,
+    is_masked,
+    another,
+    state,
+    scale_log2,
+    window,
+    buffers,
+    tag_buffers,
+    tile_barriers,
+    tag_barriers,
+    LAYOUT: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    QUERIES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    WINDOW: gl.constexpr,
+    SEGMENTS: gl.constexpr,
+    SPANS: gl.constexpr,
+):
+    """Scores and softmax of one tile, while the products with the values of the tile before are made.
+
+    state: weights of the tile before, what its products are added to, and the softmax's maximum and total, which a new
+    item begins anew. another: whether the item has a tile after this one. Returns the weights in float32, the sum of
+    products without this tile's decay, that decay, the new maximum and total, and the masked tiles so far.
+    """
+    _, keys, values, _ = buffers
+    key_full, key_empty, value_full, value_empty = tile_barriers
+    weights, accumulator, maximum, total = state
+    scores = _scores(query, keys, index, LAYOUT, BLOCK_N, BLOCK_D, STAGES)
+    products = _products(weights, values, value_full, index - 1, accumulator, BLOCK_N, BLOCK_D, STAGES)
+    scores = hopper.warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(key_empty.index(index % STAGES))
+    if is_masked:
+        scores = _mask(
+            scores, half, turn, masked, window, tag_buffers, tag_barriers, SLOTS, QUERIES, WINDOW, SEGMENTS, SPANS
+        )
+        masked += 1
+    p, decay, maximum, total = _softmax(scores, maximum, total, scale_log2)
+    # This wait is a loop, behind which the assembler moves no exponential: they belong beside the products.
+    mbarrier.wait(key_full.index((index + 1) % STAGES), (index + 1) // STAGES & 1, pred=another)
+    accumulator, p, weights = hopper.warpgroup_mma_wait(0, deps=[products, p, weights])
+    mbarrier.arrive(value_empty.index((index - 1) % STAGES))
+    return p, accumulator, decay, maximum, total, masked
+
+
+@gluon.jit
 def _attend(
     half: gl.constexpr,
     output,
@@ -114,7 +166,7 @@ def _attend(
     """Half of the rows of each item."""
     queries, keys, values, info = buffers
     query_full, query_empty = query_barriers
-    key_full, key_empty, value_full, value_empty = tile_barriers
+    key_full, key_empty, value_full, _value_empty = tile_barriers
     OF_SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OF_OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     OF_WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OF_OUTPUT, 2)
@@ -154,31 +206,12 @@ def _attend(
         # One loop for tiles with and without a mask: with a loop each, ptxas of CUDA 12.8 computes the address of the
         # queries in the first alone, which may have no step.
         for step in range(1, steps):
-            scores = _scores(query, keys, index, OF_SCORES, BLOCK_N, BLOCK_D, STAGES)
-            products = _products(weights, values, value_full, index - 1, accumulator, BLOCK_N, BLOCK_D, STAGES)
-            scores = hopper.warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(key_empty.index(index % STAGES))
-            if step >= full:
-                scores = _mask(
-                    scores,
-                    half,
-                    turn,
-                    masked,
-                    window,
-                    tag_buffers,
-                    tag_barriers,
-                    SLOTS,
-                    QUERIES,
-                    WINDOW,
-                    SEGMENTS,
-                    SPANS,
-                )
-                masked += 1
-            p, decay, maximum, total = _softmax(scores, maximum, total, scale_log2)
-            # This wait is a loop, behind which the assembler moves no exponential: they belong beside the products.
-            mbarrier.wait(key_full.index((index + 1) % STAGES), (index + 1) // STAGES & 1, pred=step + 1 < steps)
-            accumulator, p, weights = hopper.warpgroup_mma_wait(0, deps=[products, p, weights])
-            mbarrier.arrive(value_empty.index((index - 1) % STAGES))
+            p, accumulator, decay, maximum, total, masked = _step(
+                half, query, index, turn, masked, step >= full, step + 1 < steps,
+                (weights, accumulator, maximum, total), scale_log2, window,
+                buffers, tag_buffers, tile_barriers, tag_barriers,
+                OF_SCORES, BLOCK_N, BLOCK_D, STAGES, QUERIES, SLOTS, WINDOW, SEGMENTS, SPANS,
+            )  # fmt: skip
             accumulator = accumulator * gl.convert_layout(decay, OUTPUT_ROW)[:, None]
             weights = gl.convert_layout(p.to(dtype), OF_WEIGHTS)
             index += 1
@@ -201,30 +234,12 @@ def _attend(
             # The first step of the next item, while the last products of this one are made.
             wait_full(key_full, index, STAGES)
             query = queries.index(turn % QUERIES * 2 + half)
-            scores = _scores(query, keys, index, OF_SCORES, BLOCK_N, BLOCK_D, STAGES)
-            products = _products(weights, values, value_full, index - 1, accumulator, BLOCK_N, BLOCK_D, STAGES)
-            scores = hopper.warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(key_empty.index(index % STAGES))
-            if full == 0:
-                scores = _mask(
-                    scores,
-                    half,
-                    turn,
-                    masked,
-                    window,
-                    tag_buffers,
-                    tag_barriers,
-                    SLOTS,
-                    QUERIES,
-                    WINDOW,
-                    SEGMENTS,
-                    SPANS,
-                )
-                masked += 1
-            p, decay, maximum, total = _softmax(scores, lowest, nothing, scale_log2)
-            mbarrier.wait(key_full.index((index + 1) % STAGES), (index + 1) // STAGES & 1, pred=steps > 1)
-            accumulator, p, weights = hopper.warpgroup_mma_wait(0, deps=[products, p, weights])
-            mbarrier.arrive(value_empty.index((index - 1) % STAGES))
+            p, accumulator, decay, maximum, total, masked = _step(
+                half, query, index, turn, masked, full == 0, steps > 1,
+                (weights, accumulator, lowest, nothing), scale_log2, window,
+                buffers, tag_buffers, tile_barriers, tag_barriers,
+                OF_SCORES, BLOCK_N, BLOCK_D, STAGES, QUERIES, SLOTS, WINDOW, SEGMENTS, SPANS,
+            )  # fmt: skip
             weights = gl.convert_layout(p.to(dtype), OF_WEIGHTS)
             index += 1
         else:

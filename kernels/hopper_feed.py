@@ -28,6 +28,7 @@ from mmcompile.kernels.hopper_ring import (
 
 COPIED = gl.constexpr(16)  # query rows whose addresses a warp holds at once
 NEVER = gl.constexpr(2**31 - 1)  # a position that no query sees
+NOWHERE = gl.constexpr(2**30)  # a row past the end of every tensor, from where copies bring zeros
 
 
 @gluon.jit
@@ -105,7 +106,7 @@ def schedule(
         steps = tile_steps
         if COLUMNS:
             steps += gl.cdiv(single, BLOCK_N)
-        # An empty list is one tile of which nothing is seen, so that every item is alike.
+        # An empty list is one step of zeros of which nothing is seen, so that every item is alike.
         steps = gl.maximum(steps, 1)
         fields = gl.full([FIELDS], 0, gl.int32, LANES)
         fields = put_field(fields, ITEM, item, entry)
@@ -116,7 +117,7 @@ def schedule(
         fields = put_field(fields, FULL, full, entry)
         fields = put_field(fields, TILE_STEPS, tile_steps, entry)
         fields = put_field(fields, STEPS, steps, entry)
-        fields = put_field(fields, FIRST_COLUMN, first_column, entry)
+        fields = put_field(fields, FIRST_COLUMN, gl.where(single > 0, first_column, NOWHERE), entry)
         turn_slot = turn % QUERIES
         wait_empty(query_empty, turn, QUERIES)
         if ORDERED:
@@ -230,7 +231,7 @@ def fetch(
         first_column = get_field(fields, FIRST_COLUMN, entry)
         mbarrier.arrive(query_empty.index(turn % QUERIES))
         _, batch, head = place_of(item, sizes)
-        next_tile = gl.load(its_tiles, mask=tile_steps > 0, other=0)
+        next_tile = gl.load(its_tiles, mask=tile_steps > 0, other=NOWHERE // BLOCK_M)
         of_tiles = tile_steps if COLUMNS else steps
         for step in range(of_tiles):
             start = next_tile * BLOCK_M + step % SPLIT * BLOCK_N

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mmcompile.kernels.attention_config import bulk_copy_strides
+from mmcompile.kernels.bulk_copies import bulk_copy_strides
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 

@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mmcompile.kernels.attention_config import padded_head_dim, takes_descriptors
+from mmcompile.kernels.attention_config import padded_head_dim
+from mmcompile.kernels.bulk_copies import takes_descriptors
 
 MEASURED_ON = ("3.6",)  # versions of Triton
 HEAD_DIMS = (64, 128, 256)  # padded ones

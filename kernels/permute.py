@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmcompile.kernels.head_indices import head_indices
+from mmcompile.kernels.unit_columns import unit_columns
 
 # Bytes of one program: 16-byte accesses of 128 threads, eight of them in flight in each thread.
 PROGRAM_BYTES = 16 * 1024
@@ -100,7 +101,7 @@ def permute(x: Tensor, order: Tensor, rows: Tensor | None, source_head: Sequence
     batch, _, length, width = x.shape
     output = x.new_empty(batch, len(row), length, width)  # [B, J, S, D]
     if output.numel():
-        x = x if x.stride(3) == 1 else x.contiguous()
+        x = unit_columns(x)
         grid, options = _launch_options(output, rows)
         with torch.cuda.device_of(x):
             _permute_kernel[grid](
@@ -125,7 +126,7 @@ def unpermute(x: Tensor, order: Tensor, rows: Tensor | None, row: Sequence[int])
     batch, heads, length, width = x.shape
     output = x.new_empty(batch, length, heads, width)  # [B, S, H, D]
     if output.numel():
-        x = x if x.stride(3) == 1 else x.contiguous()
+        x = unit_columns(x)
         grid, options = _launch_options(x, rows)
         with torch.cuda.device_of(x):
             _unpermute_kernel[grid](

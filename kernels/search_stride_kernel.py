@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompile.kernels.attention_config import attention_config, padded_head_dim
+from mmcompile.kernels.attention_config import padded_head_dim, table_config
 from mmcompile.kernels.patterns import MODALITIES
 
 BLOCK = 128  # keys, or distances, of one program
@@ -247,7 +247,7 @@ def profiles(
     """`_profiles` of search_stride.py for CUDA tensors."""
     batch, heads, query_length, width = query.shape
     query, key = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key))
-    config = attention_config(query)
+    config = table_config(query.device, query.dtype, width)
     padded = max(16, triton.next_power_of_2(rows))
     block_rows, block_keys = min(config.block_m, padded), min(config.block_n, BLOCK)
     blocks = triton.cdiv(keys, block_keys)

@@ -15,13 +15,8 @@ from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmcompile.kernels import hopper_support
-from mmcompile.kernels.attention_config import (
-    Config,
-    attention_config,
-    key_descriptor,
-    padded_head_dim,
-    takes_descriptors,
-)
+from mmcompile.kernels.attention_config import Config, padded_head_dim, table_config
+from mmcompile.kernels.bulk_copies import key_descriptor, takes_descriptors
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.sample_mask import (
@@ -36,9 +31,13 @@ from mmcompile.kernels.sample_mask import (
 )
 from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.tile_mass import SampledRows
+from mmcompile.kernels.unit_columns import unit_columns
 
 RUN = 32  # most key tiles of one program, a bit each, with the rows' queries read once
 REGISTERS = 128  # of a thread
+# Launch shapes where shared memory is large, keyed as attention's: two programs fit a multiprocessor, so that one
+# multiplies while the other takes exponentials.
+LARGE = {(2, padded): Config(128, 64 if padded == 256 else 128, 8, 2) for padded in (16, 32, 64, 128, 256)}
 ENOUGH_PROGRAMS = 2048  # some for each multiprocessor of the largest GPUs: with fewer, runs are shorter
 # Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
 UNSPECIALIZED = [
@@ -406,9 +405,8 @@ def key_bias(cold: Tensor) -> Tensor:
 
 
 def launch_config(query: Tensor) -> Config:
-    """Launch shape for queries [B, H, Sq, D]: attention's, with room for two programs of a multiprocessor, so that one
-    multiplies while the other takes exponentials."""
-    config = attention_config(query)
+    """Launch shape for queries [B, H, S, D]."""
+    config = table_config(query.device, query.dtype, query.shape[3], LARGE)
     # With one stage float32 spills: the compiler loads whole rows ahead of the products.
     return config._replace(stages=2)
 
@@ -417,10 +415,6 @@ def gather_config(query: Tensor) -> Config:
     """Launch shape for keys that are loaded one by one: their addresses take registers."""
     config = launch_config(query)
     return config._replace(block_n=min(config.block_n, 64))
-
-
-def unit_columns(rows: Tensor) -> Tensor:
-    return rows if rows.stride(3) == 1 else rows.contiguous()
 
 
 def shared_arguments(sampled: SampledRows) -> tuple[Tensor, ...]:

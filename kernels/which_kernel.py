@@ -1,4 +1,4 @@
-"""Which kernel attends to a plan on a device, in words, for reports."""
+"""Which kernel attends to a plan on a device, and in which launch shape, in words, for reports."""
 
 import torch
 
@@ -7,9 +7,12 @@ def which_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     """What `block_sparse_attention` runs there."""
     if device.type == "cpu":
         return "torch operations on the CPU"
-    from mmcompile.kernels import hopper_support  # here, because Triton is absent where there is no GPU
+    from mmcompile.kernels import choose_config, hopper_support  # here, because Triton is absent where there is no GPU
 
     why_not = hopper_support.why_not(device, dtype, head_dim)
     if why_not is None:
-        return f"the Hopper kernel (lists of over {hopper_support.MOST_COLUMNS:,} single keys on the portable one)"
-    return f"the portable kernel ({why_not})"
+        most = f"{hopper_support.MOST_COLUMNS:,}"
+        return f"the Hopper kernel (its table's launch shape; lists of over {most} single keys, or one in 32, on the portable one)"
+    if head_dim == 0:  # not known while tracing
+        return f"the portable kernel ({why_not})"
+    return f"the portable kernel ({why_not}; {choose_config.describe_config(device, dtype, head_dim)})"

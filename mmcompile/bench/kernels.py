@@ -43,12 +43,8 @@ def variants(device: str) -> dict[str, Attention]:
     if device == "cpu":
         return {OURS: block_sparse_cpu.block_sparse_attention}
     from mmcompile.kernels import block_sparse  # here, because Triton is absent where there is no GPU
-    from mmcompile.kernels.attention_config import attention_config, takes_descriptors
 
-    def portable(query: Tensor, key: Tensor, value: Tensor, walk: TileWalk, scale: float) -> Tensor:
-        return block_sparse.launch(query, key, value, walk, scale, attention_config(query), takes_descriptors(key))
-
-    return {OURS: block_sparse.block_sparse_attention, f"{OURS}, portable kernel": portable}
+    return {OURS: block_sparse.block_sparse_attention, f"{OURS}, portable kernel": block_sparse.portable_attention}
 
 
 @dataclass(frozen=True)

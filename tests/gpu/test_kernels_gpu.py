@@ -14,11 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
 from mmcompile.kernels import block_sparse, hopper_support, reference
 from mmcompile.kernels.attend import plan_attention, sparse_attention
-from mmcompile.kernels.attention_config import LARGE, SMALL, attention_config, takes_descriptors
+from mmcompile.kernels.attention_config import LARGE, SMALL, table_config
+from mmcompile.kernels.bulk_copies import takes_descriptors
 from mmcompile.kernels.flex import block_mask, flex_attention_on_plan
 from mmcompile.kernels.patterns import TILE, HeadPattern
 from mmcompile.kernels.tile_walk import TileWalk
-from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of
+from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, unread
 
 OPS = torch.ops.mminference
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -52,8 +53,9 @@ def attend(inputs: list[Tensor], walk: TileWalk, scale: float) -> Tensor:
 
 
 def assert_exact(output: Tensor, inputs: list[Tensor], walk: TileWalk) -> None:
-    # The fast kernel that takes a mask: torch's slow path upcasts, and nobody's prefill runs it.
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+    # The fast kernel that takes a mask, where it takes the head dim: torch's slow path upcasts, and few run it.
+    backend = SDPBackend.MATH if output.shape[3] % 8 else SDPBackend.EFFICIENT_ATTENTION
+    with sdpa_kernel(backend):
         assert_as_exact_as_torch(output, inputs, mask_of(walk), walk)
 
 
@@ -171,20 +173,36 @@ def test_short_keys_run_dense():
 
 
 def test_the_hopper_kernel_runs_where_it_was_measured():
-    inputs = CASE.inputs(torch.bfloat16, "cuda")
+    inputs = replace(CASE, width=64).inputs(torch.bfloat16, "cuda")
     if torch.cuda.get_device_capability() != (9, 0) or not triton.__version__.startswith(hopper_support.MEASURED_ON):
         pytest.skip("not a GPU and a Triton that it was measured on")
     assert hopper_support.runs(*inputs, columns=0)
     assert not hopper_support.runs(*inputs, columns=hopper_support.MOST_COLUMNS + 1)
     assert not hopper_support.runs(*(x.float() for x in inputs), columns=0)
+    assert not hopper_support.runs(*CASE.inputs(torch.bfloat16, "cuda"), columns=0)  # head dim 32
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3])
+@pytest.mark.parametrize("columns", ["none", "shared", "each"])
+@pytest.mark.parametrize("seed", [0, 2, 3])  # of which some keys are in no list
+def test_keys_that_are_not_listed_are_not_read(seed, columns, density):
+    """On the kernel that runs here; an item without tiles and the end of a column list take zeros in their place."""
+    case = WalkCase(query_length=100, key_length=700, query_offset=600, copies=1, width=64)
+    case = replace(case, density=density, columns=columns, seed=seed)
+    walk, (query, key, value) = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
+    expected = attend([query, key, value], walk, 0.2)
+    for keys in (key, value):
+        keys[:, :, unread(walk)] = float("nan")
+    output = attend([query, key, value], walk, 0.2)
+    assert not output.isnan().any()
+    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_part_of_the_mask_on_the_portable_kernel(mask, poisoned_memory):
     case = replace(MASKS[mask], width=64)
     walk, inputs = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
-    config = attention_config(inputs[0])
-    assert_exact(block_sparse.launch(*inputs, walk, 0.125, config, takes_descriptors(inputs[1])), inputs, walk)
+    assert_exact(block_sparse.portable_attention(*inputs, walk, 0.125), inputs, walk)
 
 
 def test_scale_0_is_the_mean_of_the_values():
@@ -244,7 +262,7 @@ def test_row_offsets_past_32_bits(descriptors):
     if descriptors and not takes_descriptors(key):
         pytest.skip("this device has no bulk copies")
     walk = causal_walk(length, HeadPattern("a_shape", local=1024), 1, 1)
-    config = attention_config(query)
+    config = table_config(query.device, query.dtype, query.shape[3])
     far = block_sparse.launch(query, key, value, walk, 128**-0.5, config, descriptors)
     near = [x.contiguous() for x in (query, key, value)]
     assert torch.equal(far, block_sparse.launch(*near, walk, 128**-0.5, config, descriptors))

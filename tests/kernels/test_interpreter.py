@@ -3,6 +3,7 @@
 Float32 and float16 only: the interpreter multiplies bfloat16 wrongly.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from mmcompile.kernels import (
     block_sparse,
     column_mass_kernel,
+    gather_columns,
     hot_keys_kernel,
     last_queries,
     last_queries_kernel,
@@ -29,7 +31,15 @@ from mmcompile.kernels import (
 )
 from mmcompile.kernels.attention_config import LARGE, SMALL, Config, padded_head_dim
 from tests.kernels.pattern_cases import PatternCase, check_case, combinations
-from tests.kernels.tile_walks import MASKS, WalkCase, assert_as_exact_as_torch, mask_of, unread, walk_cases
+from tests.kernels.tile_walks import (
+    MASKS,
+    WalkCase,
+    assert_as_exact_as_torch,
+    mask_of,
+    of_heads,
+    unread,
+    walk_cases,
+)
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -127,6 +137,24 @@ def test_keys_that_are_not_listed_are_not_read(columns, descriptors):
         keys[:, :, unread(walk)] = float("nan")
     output = block_sparse.launch(query, key, value, walk, 0.2, config, descriptors)
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("columns", ["shared", "each"])
+@pytest.mark.parametrize("case", [WalkCase(query_length=1000, key_length=90), MASKS["everything with columns"]])
+def test_gathered_columns_are_those_of_a_list(case, columns, monkeypatch):
+    """Of every head; entries outside all lists name keys that nobody may read, and become zeros."""
+    monkeypatch.setattr(gather_columns, "LISTS", 4)  # more query tiles than one look takes
+    case = replace(case, columns=columns)
+    walk, (_, key, value) = case.walk(), case.inputs()
+    first, single = walk.counts[:, list(walk.head_plan), :, 3:].unsqueeze(3).unbind(-1)  # [B, H, nQ, 1]
+    entry = torch.arange(walk.columns.shape[2])
+    listed = ((first <= entry) & (entry < first + single)).any(2)  # [B, H, C]
+    assert listed.any() and not listed.all()
+    slots = walk.columns[:, list(walk.head_plan)].long().where(listed, 0)
+    gathered = gather_columns.gather_columns(key, value, walk)
+    for source, rows in zip((key, value), gathered, strict=True):
+        expected = of_heads(source, walk).gather(2, slots.unsqueeze(3).expand(-1, -1, -1, case.width))
+        assert torch.equal(rows, expected * listed.unsqueeze(3))
 
 
 @pytest.fixture
