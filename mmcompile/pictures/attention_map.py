@@ -1,0 +1,256 @@
+"""A map of one head's attention with what its plan computes, in token order and in the head's own order.
+
+Attention is pooled into cells as it is made, some queries at a time, so that no map holds queries x keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mmcompile.errors import OptionError
+from mmcompile.kernels.orders import slots
+from mmcompile.pictures.head import Head, HeadPlan
+from mmcompile.pictures.palette import BLUE, VERMILLION, modality_colour, modality_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POOLS = ("max", "mean")
+CELLS = 512  # the most along one side
+COMPUTED, SKIPPED, FORBIDDEN = "#dcebf7", "#ffffff", "#eeeeee"
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Attention in one order of queries and keys, pooled: [Cq, Ck] each, queries downwards.
+
+    covered, missed: float32, attention weights of keys that are computed for their query, and of the others.
+    computed, allowed: int64, elements of the cell that are computed, and that the mask allows.
+    query_modality, key_modality: int64 [Cq], [Ck], of the first token of each cell.
+    changes: slots of (queries, keys) where another segment, or in an order of its own another modality, begins.
+    """
+
+    covered: Tensor
+    missed: Tensor
+    computed: Tensor
+    allowed: Tensor
+    query_modality: Tensor
+    key_modality: Tensor
+    changes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMap:
+    """Both panels of a head, and its figures.
+
+    cell: tokens along a side of a cell. recall: share of the true attention that is computed, over all queries.
+    """
+
+    raster: Panel
+    ordered: Panel
+    cell: int
+    pool: str
+    query_length: int
+    key_length: int
+    density: float
+    recall: float
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the head has an order of its own."""
+        return self.raster is not self.ordered
+
+
+def attention_map(
+    head: Head,
+    plan: HeadPlan,
+    offsets: Tensor,
+    modality: Tensor,
+    *,
+    pool: str = "max",
+    cells: int = CELLS,
+    step: Callable[[int], None] = lambda done: None,
+) -> AttentionMap:
+    """The true attention of a head beside what a plan of it computes.
+
+    offsets: int32 [M + 1], modality: int32 [M], segments of this sequence's queries. pool: "max" takes a cell's largest
+    weight, "mean" the mean over its allowed elements. cells: the most along one side of the map. step: called with the
+    number of each query tile as it is done.
+
+    Raises OptionError for an unknown pool.
+    """
+    if pool not in POOLS:
+        raise OptionError(f"pool={pool!r}: must be one of {', '.join(POOLS)}")
+    device, (query_length, key_length) = head.key.device, (len(head.query), len(head.key))
+    cell = 2 ** max(0, math.ceil(math.log2(max(query_length, key_length) / cells)))
+    in_tokens = (torch.arange(query_length, device=device), torch.arange(key_length, device=device))
+    in_slots = (plan.query_order, plan.key_order)
+    reordered = not all(map(torch.equal, in_tokens, in_slots))
+    pools = [_Pool(*order, cell, pool) for order in ([in_tokens, in_slots] if reordered else [in_tokens])]
+    covered, with_keys = 0.0, 0
+    for done, queries in enumerate(plan.query_tiles(), 1):
+        allowed = head.allowed(queries)
+        weights = head.weights(queries, allowed)
+        computed = plan.computed(queries) & allowed
+        for one in pools:
+            one.add(queries, weights, computed, allowed)
+        covered += float((weights * computed).sum())
+        with_keys += int(allowed.any(-1).sum())
+        step(done)
+    of_query, of_key = _segments(offsets.to(device), query_length, key_length, head.offset)
+    kinds = torch.cat([modality.to(device).long(), torch.zeros(1, dtype=torch.int64, device=device)])
+    raster = pools[0].panel(kinds[of_query], kinds[of_key], (of_query, of_key))
+    ordered = raster
+    if reordered:
+        kinds_in_slots = kinds[of_query][plan.query_order], kinds[of_key][plan.key_order]
+        ordered = pools[1].panel(*kinds_in_slots, kinds_in_slots)
+    sizes = (query_length, key_length)
+    return AttentionMap(raster, ordered, cell, pool, *sizes, plan.density, covered / max(1, with_keys))
+
+
+class _Pool:
+    """Cells of attention in one order, filled some queries at a time."""
+
+    def __init__(self, query_order: Tensor, key_order: Tensor, cell: int, pool: str) -> None:
+        self.key_order, self.cell, self.pool = key_order, cell, pool
+        self.cell_of_query = slots(query_order.int()).long() // cell
+        shape = (-(-len(query_order) // cell), -(-len(key_order) // cell))
+        self.covered, self.missed = (torch.zeros(shape, device=key_order.device) for _ in range(2))
+        self.computed, self.allowed = (
+            torch.zeros(shape, dtype=torch.int64, device=key_order.device) for _ in range(2)
+        )
+
+    def add(self, queries: Tensor, weights: Tensor, computed: Tensor, allowed: Tensor) -> None:
+        """queries: int64 [R]; the others [R, Sk] in token order."""
+        rows = self.cell_of_query[queries]
+        weights, computed, allowed = (tensor[:, self.key_order] for tensor in (weights, computed, allowed))
+        for target, part in ((self.covered, weights * computed), (self.missed, weights * ~computed)):
+            if self.pool == "max":
+                target.index_reduce_(0, rows, self._cells(part).amax(-1), "amax")
+            else:
+                target.index_add_(0, rows, self._cells(part).sum(-1))
+        for count, elements in ((self.computed, computed), (self.allowed, allowed)):
+            count.index_add_(0, rows, self._cells(elements).sum(-1))
+
+    def _cells(self, of_keys: Tensor) -> Tensor:
+        """[R, Sk] to [R, Ck, cell]."""
+        return pad(of_keys, (0, -of_keys.shape[1] % self.cell)).unflatten(1, (-1, self.cell))
+
+    def panel(self, query_modality: Tensor, key_modality: Tensor, parts: tuple[Tensor, Tensor]) -> Panel:
+        """Modalities and parts (of which a line shows each change) of queries and of keys, int64 [S] in slot order."""
+        each = 1 if self.pool == "max" else self.allowed.clamp(min=1)
+        starts = tuple(tuple(((part[1:] != part[:-1]).nonzero()[:, 0] + 1).tolist()) for part in parts)
+        modalities = (query_modality[:: self.cell], key_modality[:: self.cell])
+        return Panel(
+            self.covered / each, self.missed / each, self.computed, self.allowed, *modalities, (starts[0], starts[1])
+        )
+
+
+def _segments(offsets: Tensor, query_length: int, key_length: int, offset: int) -> tuple[Tensor, Tensor]:
+    """The segment of each query and key; M for tokens that no boundary tells, such as a cached prefix."""
+    segments = len(offsets) - 1
+    of_query = torch.searchsorted(offsets[1:].contiguous(), torch.arange(query_length, device=offsets.device), right=True)
+    token = torch.arange(key_length, device=offsets.device) - offset
+    inside = (token >= 0) & (token < query_length)
+    of_key = of_query[token.clamp(0, query_length - 1)].where(inside, torch.tensor(segments, device=offsets.device))
+    return of_query, of_key
+
+
+MOST_LINES = 64  # more boundaries than that would hide the map
+
+
+def draw_attention_map(drawn: AttentionMap, title: str) -> Figure:
+    """Both panels as a matplotlib figure; one, where the head keeps the order of the tokens."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    names = [("token order", drawn.raster)] + ([("the head's own order", drawn.ordered)] if drawn.reordered else [])
+    figure = Figure(figsize=(5.6 * len(names) + 1.6, 6.4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    # Uniform attention of the last query is as bright as nothing at all.
+    norm = LogNorm(1 / drawn.key_length, 1.0 if drawn.pool == "max" else _largest(drawn))
+    for axis, (name, panel) in zip(axes, names, strict=True):
+        _draw_panel(axis, panel, drawn, norm)
+        axis.set_title(name, fontsize=11, pad=14)
+    for colour, label, where in ((BLUE, "computed", {"pad": 0.02}), (VERMILLION, "missed", {"pad": 0.01})):
+        ramp = LinearSegmentedColormap.from_list(label, [SKIPPED, colour])
+        bar = figure.colorbar(ScalarMappable(norm, ramp), ax=axes.tolist(), fraction=0.025, aspect=40, **where)
+        bar.ax.set_title(label, fontsize=8, loc="left")
+        if label == "computed":
+            bar.ax.tick_params(labelright=False)
+        else:
+            bar.set_label({"max": "largest", "mean": "mean"}[drawn.pool] + " attention weight of a cell", fontsize=9)
+    kinds = sorted({*drawn.raster.query_modality.tolist(), *drawn.raster.key_modality.tolist()})
+    patches = [
+        Patch(facecolor=COMPUTED, edgecolor="#888888", label="computed tiles and keys"),
+        Patch(facecolor=SKIPPED, edgecolor="#888888", label="skipped"),
+        Patch(facecolor=FORBIDDEN, edgecolor="#888888", label="masked"),
+        *(Patch(facecolor=modality_colour(kind), label=modality_name(kind)) for kind in kinds),
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)
+    figure.suptitle(f"{title}\n{drawn.density:.1%} of the causal tiles hold {drawn.recall:.1%} of the attention")
+    return figure
+
+
+def _largest(drawn: AttentionMap) -> float:
+    return max(2 / drawn.key_length, float(drawn.raster.covered.max()), float(drawn.raster.missed.max()))
+
+
+def _draw_panel(axis: Any, panel: Panel, drawn: AttentionMap, norm: Any) -> None:
+    height, width = (size * drawn.cell for size in panel.covered.shape)
+    axis.imshow(_colours(panel, norm), extent=(0, width, height, 0), interpolation="antialiased")
+    axis.set(xlim=(0, drawn.key_length), ylim=(drawn.query_length, 0), xlabel="keys", ylabel="queries", aspect="auto")
+    axis.set_box_aspect(1)
+    axis.tick_params(labelsize=8)
+    for lines, draw in zip(panel.changes, (axis.axhline, axis.axvline), strict=True):
+        for at in lines if len(lines) <= MOST_LINES else ():
+            draw(at, color="#555555", linewidth=0.6, linestyle=(0, (4, 3)))
+    for box, of, extent in (
+        ((0, 1.008, 1, 0.022), panel.key_modality[None], (0, width, 0, 1)),
+        ((1.008, 0, 0.022, 1), panel.query_modality[:, None], (0, 1, height, 0)),
+    ):
+        strip = axis.inset_axes(box)
+        strip.imshow(_of_modality(of.cpu().numpy()), extent=extent, aspect="auto", interpolation="nearest")
+        strip.set_axis_off()
+        limits = {"xlim": axis.get_xlim()} if of.shape[0] == 1 else {"ylim": axis.get_ylim()}
+        strip.set(**limits)
+
+
+def _of_modality(modality: np.ndarray) -> np.ndarray:
+    from matplotlib.colors import to_rgb
+
+    return np.array([to_rgb(modality_colour(kind)) for kind in range(256)])[modality]
+
+
+def _colours(panel: Panel, norm: Any) -> np.ndarray:
+    """RGB [Cq, Ck, 3]: the ground says what is computed, and attention lies over it."""
+    from matplotlib.colors import to_rgb
+
+    covered, missed, computed, allowed = (
+        tensor.cpu().numpy() for tensor in (panel.covered, panel.missed, panel.computed, panel.allowed)
+    )
+    shown = np.empty((*covered.shape, 3))
+    shown[:] = to_rgb(SKIPPED)
+    layers = (
+        (COMPUTED, computed / np.maximum(allowed, 1)),
+        (BLUE, _strength(covered, norm)),
+        (VERMILLION, _strength(missed, norm)),
+    )
+    for colour, strength in layers:
+        shown += strength[..., None] * (np.array(to_rgb(colour)) - shown)
+    shown[allowed == 0] = to_rgb(FORBIDDEN)
+    return shown
+
+
+def _strength(weights: np.ndarray, norm: Any) -> np.ndarray:
+    return np.clip(np.ma.filled(norm(np.maximum(weights, norm.vmin)), 0.0), 0.0, 1.0)

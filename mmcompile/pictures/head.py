@@ -1,0 +1,88 @@
+"""One attention head: what it really attends to, and what a plan computes of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmcompile.kernels.attend import Planned
+from mmcompile.kernels.orders import slots
+from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.tags import element_mask, key_tags, query_tags
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Queries and keys of one head of one sequence, in token order.
+
+    query: [Sq, D], key: [Sk, D]. scale: of the scores. offset: position of the first query among the keys.
+    window: keys or None. key_valid: bool [Sk] or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    offset: int = 0
+    window: int | None = None
+    key_valid: Tensor | None = None
+
+    def allowed(self, queries: Tensor) -> Tensor:
+        """Which keys some queries may use. queries: int64 [R]. Returns bool [R, Sk]."""
+        device = self.key.device
+        valid = None if self.key_valid is None else self.key_valid[None]
+        of_query = query_tags(1, len(self.query), self.offset, None, None, device)[..., queries]
+        of_key = key_tags(1, len(self.key), valid, None, None, device)
+        return element_mask(of_query, of_key, self.window, False, False)[0]
+
+    def weights(self, queries: Tensor, allowed: Tensor) -> Tensor:
+        """The softmax of some queries over their allowed keys, float32 [R, Sk]; 0 in a row that has none."""
+        scores = self.query[queries].float() @ self.key.float().T * self.scale  # [R, Sk]
+        scores.masked_fill_(~allowed, float("-inf"))
+        return scores.softmax(-1).masked_fill_(~allowed.any(-1, keepdim=True), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPlan:
+    """What a plan computes of one head.
+
+    query_order: int64 [Sq], key_order: int64 [Sk], slot -> token. tiles: bool [nQ, nK], tiles of slots that are
+    computed. columns: of each query tile the slots of its single keys.
+    density: computed tiles over those of dense attention. recall: the planner's own estimate, NaN where it made none.
+    """
+
+    query_order: Tensor
+    key_order: Tensor
+    tiles: Tensor
+    columns: tuple[Tensor, ...]
+    density: float
+    recall: float
+
+    @classmethod
+    def of(cls, planned: Planned, head: int, batch: int = 0) -> "HeadPlan":
+        """The plan of one head of an attention."""
+        row, lists, arrangement = planned.rows.of_head[head], planned.lists, planned.arrangement
+        query_order = arrangement.query_order[batch, lists.query_row[batch, row]].long()
+        key_order = arrangement.key_order[batch, lists.key_row[batch, row]].long()
+        counts = lists.counts[batch, row].tolist()
+        tiles = torch.zeros(len(counts), -(-len(key_order) // TILE), dtype=torch.bool, device=key_order.device)
+        columns = []
+        for of_tile, (first, full, partial, first_column, single) in zip(tiles, counts, strict=True):
+            of_tile[lists.tiles[batch, row, first : first + full + partial].long()] = True
+            columns.append(lists.columns[batch, row, first_column : first_column + single].long())
+        figures = (float(figure[batch, row]) for figure in (planned.density, planned.recall))
+        return cls(query_order, key_order, tiles, tuple(columns), *figures)
+
+    def query_tiles(self) -> tuple[Tensor, ...]:
+        """The queries of each tile, int64 [at most 128] each."""
+        return self.query_order.split(TILE)
+
+    def computed(self, queries: Tensor) -> Tensor:
+        """Which keys are computed for some queries, as far as the mask allows. queries: int64 [R]. bool [R, Sk]."""
+        tile_of_query = slots(self.query_order.int()).long()[queries] // TILE  # [R]
+        tile_of_key = slots(self.key_order.int()).long() // TILE  # [Sk]
+        computed = self.tiles[tile_of_query][:, tile_of_key]
+        for tile in tile_of_query.unique().tolist():
+            if len(self.columns[tile]):
+                single = torch.zeros_like(computed[0]).index_fill_(0, self.key_order[self.columns[tile]], True)
+                computed |= (tile_of_query == tile)[:, None] & single
+        return computed
