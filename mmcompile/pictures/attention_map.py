@@ -134,7 +134,8 @@ class _Pool:
         weights, computed, allowed = (tensor[:, self.key_order] for tensor in (weights, computed, allowed))
         for target, part in ((self.covered, weights * computed), (self.missed, weights * ~computed)):
             if self.pool == "max":
-                target.index_reduce_(0, rows, self._cells(part).amax(-1), "amax")
+                pooled = self._cells(part).amax(-1)
+                target.scatter_reduce_(0, rows[:, None].expand_as(pooled), pooled, "amax")
             else:
                 target.index_add_(0, rows, self._cells(part).sum(-1))
         for count, elements in ((self.computed, computed), (self.allowed, allowed)):
@@ -169,37 +170,48 @@ MOST_LINES = 64  # more boundaries than that would hide the map
 
 def draw_attention_map(drawn: AttentionMap, title: str) -> Figure:
     """Both panels as a matplotlib figure; one, where the head keeps the order of the tokens."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     names = [("token order", drawn.raster)] + ([("the head's own order", drawn.ordered)] if drawn.reordered else [])
-    figure = Figure(figsize=(5.6 * len(names) + 1.6, 6.4), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    figure = Figure(figsize=(5.4 * len(names) + 1.6, 6.6), layout="constrained")
+    *axes, scale = figure.subplots(1, len(names) + 1, width_ratios=[*(1 for _ in names), 0.07])
     # Uniform attention of the last query is as bright as nothing at all.
     norm = LogNorm(1 / drawn.key_length, 1.0 if drawn.pool == "max" else _largest(drawn))
     for axis, (name, panel) in zip(axes, names, strict=True):
         _draw_panel(axis, panel, drawn, norm)
         axis.set_title(name, fontsize=11, pad=14)
-    for colour, label, where in ((BLUE, "computed", {"pad": 0.02}), (VERMILLION, "missed", {"pad": 0.01})):
-        ramp = LinearSegmentedColormap.from_list(label, [SKIPPED, colour])
-        bar = figure.colorbar(ScalarMappable(norm, ramp), ax=axes.tolist(), fraction=0.025, aspect=40, **where)
-        bar.ax.set_title(label, fontsize=8, loc="left")
-        if label == "computed":
-            bar.ax.tick_params(labelright=False)
-        else:
-            bar.set_label({"max": "largest", "mean": "mean"}[drawn.pool] + " attention weight of a cell", fontsize=9)
+    _draw_scale(scale, norm, {"max": "largest", "mean": "mean"}[drawn.pool] + " attention weight of a cell")
     kinds = sorted({*drawn.raster.query_modality.tolist(), *drawn.raster.key_modality.tolist()})
-    patches = [
-        Patch(facecolor=COMPUTED, edgecolor="#888888", label="computed tiles and keys"),
-        Patch(facecolor=SKIPPED, edgecolor="#888888", label="skipped"),
-        Patch(facecolor=FORBIDDEN, edgecolor="#888888", label="masked"),
+    figure.legend(handles=_patches(kinds), loc="outside lower center", ncols=3 + len(kinds), frameon=False, fontsize=9)
+    held = f"{drawn.density:.1%} of the causal tiles hold {drawn.recall:.1%} of the attention"
+    figure.suptitle(f"{title}\n{held}", fontsize=11)
+    return figure
+
+
+def _patches(kinds: list[int]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    grounds = ((COMPUTED, "computed tiles and keys"), (SKIPPED, "skipped"), (FORBIDDEN, "masked"))
+    return [
+        *(Patch(facecolor=colour, edgecolor="#888888", label=label) for colour, label in grounds),
         *(Patch(facecolor=modality_colour(kind), label=modality_name(kind)) for kind in kinds),
     ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False, fontsize=9)
-    figure.suptitle(f"{title}\n{drawn.density:.1%} of the causal tiles hold {drawn.recall:.1%} of the attention")
-    return figure
+
+
+def _draw_scale(axis: Any, norm: Any, label: str) -> None:
+    """One scale of weights for both colours that attention has."""
+    axis.set_box_aspect(14)
+    axis.set(yscale="log", ylim=(norm.vmin, norm.vmax), xlim=(0, 2), xticks=())
+    edges = np.geomspace(norm.vmin, norm.vmax, 257)
+    strength = np.repeat(np.linspace(0, 1, 256)[:, None], 2, 1)
+    axis.pcolormesh([0, 1, 2], edges, _blend(strength * (1, 0), strength * (0, 1)))
+    for place, name in ((0.25, "computed"), (0.75, "missed")):
+        where = {"ha": "center", "va": "top", "transform": axis.transAxes}
+        axis.text(place, 0.99, name, rotation=90, fontsize=8, color="white", **where)
+    axis.yaxis.tick_right()
+    axis.yaxis.set_label_position("right")
+    axis.set_ylabel(label, fontsize=9)
 
 
 def _largest(drawn: AttentionMap) -> float:
@@ -239,16 +251,18 @@ def _colours(panel: Panel, norm: Any) -> np.ndarray:
     covered, missed, computed, allowed = (
         tensor.cpu().numpy() for tensor in (panel.covered, panel.missed, panel.computed, panel.allowed)
     )
-    shown = np.empty((*covered.shape, 3))
-    shown[:] = to_rgb(SKIPPED)
-    layers = (
-        (COMPUTED, computed / np.maximum(allowed, 1)),
-        (BLUE, _strength(covered, norm)),
-        (VERMILLION, _strength(missed, norm)),
-    )
-    for colour, strength in layers:
-        shown += strength[..., None] * (np.array(to_rgb(colour)) - shown)
+    shown = _blend(_strength(covered, norm), _strength(missed, norm), computed / np.maximum(allowed, 1))
     shown[allowed == 0] = to_rgb(FORBIDDEN)
+    return shown
+
+
+def _blend(covered: np.ndarray, missed: np.ndarray, computed: np.ndarray | float = 0.0) -> np.ndarray:
+    """RGB [..., 3] of strengths from 0 to 1."""
+    from matplotlib.colors import to_rgb
+
+    shown = np.broadcast_to(to_rgb(SKIPPED), (*covered.shape, 3))
+    for colour, strength in ((COMPUTED, computed), (BLUE, covered), (VERMILLION, missed)):
+        shown = shown + np.asarray(strength)[..., None] * (np.array(to_rgb(colour)) - shown)
     return shown
 
 

@@ -11,6 +11,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#cc79a7",
 )
 GREY = "#9a9a9a"
+DARK = (BLACK, BLUE)  # under white letters; the others take black ones
 
 KINDS = {
     "dense": BLACK,
