@@ -51,8 +51,8 @@ def _pattern_schema() -> dict[str, Any]:
         elif name == "pairs":
             properties[name] = _list(_list({}, 3, maxItems=3, description="query modality, key modality, pattern"))
         else:
-            kind = {int: {"type": "integer", "minimum": 0}, float: _FIGURE, str: _TEXT}[type(value)]
-            properties[name] = kind
+            kinds = {int: {"type": "integer", "minimum": 0}, float: _FIGURE, str: _TEXT}
+            properties[name] = _or_null(_FIGURE) if value is None else kinds[type(value)]
     return _object(properties)
 
 
