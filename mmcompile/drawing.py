@@ -24,13 +24,19 @@ def save_drawing(figure: Any, path: Path) -> None:
     """Write a matplotlib figure; the file's ending names the format. Raises DrawingError, naming the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI)
+        if path.suffix.lower() == ".png":
+            path.write_bytes(png(figure))
+        else:
+            figure.savefig(path)
     except (OSError, ValueError) as error:
         raise DrawingError(f"{path}: cannot be written ({error})") from error
 
 
 def png(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG."""
-    target = io.BytesIO()
-    figure.savefig(target, format="png", dpi=DPI)
+    """A matplotlib figure as a PNG of at most 256 colours, a third as long as one of all."""
+    from PIL import Image  # matplotlib writes its own PNGs with it
+
+    drawn, target = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE).save(target, format="png", optimize=True)
     return target.getvalue()

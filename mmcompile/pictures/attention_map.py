@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmcompile.errors import OptionError
-from mmcompile.kernels.orders import slots
+from mmcompile.kernels.attend import Planned
+from mmcompile.kernels.orders import of_keys, slots
+from mmcompile.passes.record_attention import SeenAttention
 from mmcompile.pictures.head import Head, HeadPlan
 from mmcompile.pictures.palette import BLUE, VERMILLION, modality_colour, modality_name
 
@@ -32,7 +34,8 @@ COMPUTED, SKIPPED, FORBIDDEN = "#dcebf7", "#ffffff", "#eeeeee"
 class Panel:
     """Attention in one order of queries and keys, pooled: [Cq, Ck] each, queries downwards.
 
-    covered, missed: float32, attention weights of keys that are computed for their query, and of the others.
+    covered, missed: float32, attention of keys that are computed for their query, and of the others: weights times the
+        number of keys that the mask allows the query, so that 1 is uniform attention.
     computed, allowed: int64, elements of the cell that are computed, and that the mask allows.
     query_modality, key_modality: int64 [Cq], [Ck], of the first token of each cell.
     changes: slots of (queries, keys) where another segment, or in an order of its own another modality, begins.
@@ -70,50 +73,68 @@ class AttentionMap:
 
 
 def attention_map(
-    head: Head,
-    plan: HeadPlan,
-    offsets: Tensor,
-    modality: Tensor,
+    seen: SeenAttention,
+    planned: Planned,
+    head: int,
+    batch: int = 0,
     *,
     pool: str = "max",
     cells: int = CELLS,
-    step: Callable[[int], None] = lambda done: None,
+    step: Callable[[int, int], None] = lambda done, of: None,
 ) -> AttentionMap:
-    """The true attention of a head beside what a plan of it computes.
+    """The true attention of one head of one sequence beside what a plan of the attention computes.
 
-    offsets: int32 [M + 1], modality: int32 [M], segments of this sequence's queries. pool: "max" takes a cell's largest
-    weight, "mean" the mean over its allowed elements. cells: the most along one side of the map. step: called with the
-    number of each query tile as it is done.
+    pool: "max" takes a cell's largest weight, "mean" the mean over its allowed elements. cells: the most along one side
+    of the map. step: called with the number of query tiles that are done, and of all.
 
     Raises OptionError for an unknown pool.
     """
-    if pool not in POOLS:
-        raise OptionError(f"pool={pool!r}: must be one of {', '.join(POOLS)}")
-    device, (query_length, key_length) = head.key.device, (len(head.query), len(head.key))
+    require_pool(pool)
+    one, plan = Head.of(seen, head, batch), HeadPlan.of(planned, head, batch)
+    device, (query_length, key_length) = one.key.device, (len(one.query), len(one.key))
     cell = 2 ** max(0, math.ceil(math.log2(max(query_length, key_length) / cells)))
     in_tokens = (torch.arange(query_length, device=device), torch.arange(key_length, device=device))
     in_slots = (plan.query_order, plan.key_order)
     reordered = not all(map(torch.equal, in_tokens, in_slots))
     pools = [_Pool(*order, cell, pool) for order in ([in_tokens, in_slots] if reordered else [in_tokens])]
     covered, with_keys = 0.0, 0
-    for done, queries in enumerate(plan.query_tiles(), 1):
-        allowed = head.allowed(queries)
-        weights = head.weights(queries, allowed)
+    tiles = plan.query_tiles()
+    for done, queries in enumerate(tiles, 1):
+        allowed = one.allowed(queries)
+        weights = one.weights(queries, allowed)
         computed = plan.computed(queries) & allowed
-        for one in pools:
-            one.add(queries, weights, computed, allowed)
+        times_uniform = weights * allowed.sum(-1, keepdim=True)
+        for target in pools:
+            target.add(queries, times_uniform, computed, allowed)
         covered += float((weights * computed).sum())
         with_keys += int(allowed.any(-1).sum())
-        step(done)
-    of_query, of_key = _segments(offsets.to(device), query_length, key_length, head.offset)
-    kinds = torch.cat([modality.to(device).long(), torch.zeros(1, dtype=torch.int64, device=device)])
-    raster = pools[0].panel(kinds[of_query], kinds[of_key], (of_query, of_key))
-    ordered = raster
+        step(done, len(tiles))
+    parts = _segments(seen, batch)
+    kinds = torch.cat([seen.boundaries[1].long(), seen.boundaries[1].new_zeros(1).long()])
+    of_query, of_key = (kinds[part] for part in parts)
+    raster = ordered = pools[0].panel(of_query, of_key, parts)
     if reordered:
-        kinds_in_slots = kinds[of_query][plan.query_order], kinds[of_key][plan.key_order]
-        ordered = pools[1].panel(*kinds_in_slots, kinds_in_slots)
+        modalities = (of_query[plan.query_order], of_key[plan.key_order])
+        ordered = pools[1].panel(*modalities, modalities)
     sizes = (query_length, key_length)
     return AttentionMap(raster, ordered, cell, pool, *sizes, plan.density, covered / max(1, with_keys))
+
+
+def require_pool(pool: str) -> None:
+    """Raises OptionError for an unknown one."""
+    if pool not in POOLS:
+        raise OptionError(f"pool={pool!r}: must be one of {', '.join(POOLS)}")
+
+
+def _segments(seen: SeenAttention, batch: int) -> tuple[Tensor, Tensor]:
+    """The segment of each query and key of a sequence, int64 [S]; M for tokens that no boundary tells, such as those of
+    a cached prefix."""
+    offsets, modality, _ = seen.boundaries
+    query_length, key_length = seen.query.shape[2], seen.key.shape[2]
+    token = torch.arange(query_length, device=offsets.device) + batch * query_length
+    of_query = torch.searchsorted(offsets[1:].contiguous(), token, right=True)
+    of_key = of_keys(of_query[None], key_length, seen.query_offset, len(modality))[0]
+    return of_query, of_key
 
 
 class _Pool:
@@ -124,9 +145,7 @@ class _Pool:
         self.cell_of_query = slots(query_order.int()).long() // cell
         shape = (-(-len(query_order) // cell), -(-len(key_order) // cell))
         self.covered, self.missed = (torch.zeros(shape, device=key_order.device) for _ in range(2))
-        self.computed, self.allowed = (
-            torch.zeros(shape, dtype=torch.int64, device=key_order.device) for _ in range(2)
-        )
+        self.computed, self.allowed = (torch.zeros(shape, dtype=torch.int64, device=key_order.device) for _ in range(2))
 
     def add(self, queries: Tensor, weights: Tensor, computed: Tensor, allowed: Tensor) -> None:
         """queries: int64 [R]; the others [R, Sk] in token order."""
@@ -155,16 +174,7 @@ class _Pool:
         )
 
 
-def _segments(offsets: Tensor, query_length: int, key_length: int, offset: int) -> tuple[Tensor, Tensor]:
-    """The segment of each query and key; M for tokens that no boundary tells, such as a cached prefix."""
-    segments = len(offsets) - 1
-    of_query = torch.searchsorted(offsets[1:].contiguous(), torch.arange(query_length, device=offsets.device), right=True)
-    token = torch.arange(key_length, device=offsets.device) - offset
-    inside = (token >= 0) & (token < query_length)
-    of_key = of_query[token.clamp(0, query_length - 1)].where(inside, torch.tensor(segments, device=offsets.device))
-    return of_query, of_key
-
-
+_POOLED = {"max": "largest", "mean": "mean"}
 MOST_LINES = 64  # more boundaries than that would hide the map
 
 
@@ -176,12 +186,12 @@ def draw_attention_map(drawn: AttentionMap, title: str) -> Figure:
     names = [("token order", drawn.raster)] + ([("the head's own order", drawn.ordered)] if drawn.reordered else [])
     figure = Figure(figsize=(5.4 * len(names) + 1.6, 6.6), layout="constrained")
     *axes, scale = figure.subplots(1, len(names) + 1, width_ratios=[*(1 for _ in names), 0.07])
-    # Uniform attention of the last query is as bright as nothing at all.
-    norm = LogNorm(1 / drawn.key_length, 1.0 if drawn.pool == "max" else _largest(drawn))
+    largest = max(float(part.max()) for part in (drawn.raster.covered, drawn.raster.missed))
+    norm = LogNorm(1.0, max(10.0, largest))  # uniform attention is as bright as nothing at all
     for axis, (name, panel) in zip(axes, names, strict=True):
         _draw_panel(axis, panel, drawn, norm)
         axis.set_title(name, fontsize=11, pad=14)
-    _draw_scale(scale, norm, {"max": "largest", "mean": "mean"}[drawn.pool] + " attention weight of a cell")
+    _draw_scale(scale, norm, f"attention over uniform attention, {_POOLED[drawn.pool]} of a cell")
     kinds = sorted({*drawn.raster.query_modality.tolist(), *drawn.raster.key_modality.tolist()})
     figure.legend(handles=_patches(kinds), loc="outside lower center", ncols=3 + len(kinds), frameon=False, fontsize=9)
     held = f"{drawn.density:.1%} of the causal tiles hold {drawn.recall:.1%} of the attention"
@@ -209,13 +219,10 @@ def _draw_scale(axis: Any, norm: Any, label: str) -> None:
     for place, name in ((0.25, "computed"), (0.75, "missed")):
         where = {"ha": "center", "va": "top", "transform": axis.transAxes}
         axis.text(place, 0.99, name, rotation=90, fontsize=8, color="white", **where)
+    axis.tick_params(labelsize=8)
     axis.yaxis.tick_right()
     axis.yaxis.set_label_position("right")
     axis.set_ylabel(label, fontsize=9)
-
-
-def _largest(drawn: AttentionMap) -> float:
-    return max(2 / drawn.key_length, float(drawn.raster.covered.max()), float(drawn.raster.missed.max()))
 
 
 def _draw_panel(axis: Any, panel: Panel, drawn: AttentionMap, norm: Any) -> None:

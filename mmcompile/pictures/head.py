@@ -9,30 +9,49 @@ from mmcompile.kernels.attend import Planned
 from mmcompile.kernels.orders import slots
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tags import element_mask, key_tags, query_tags
+from mmcompile.passes.record_attention import SeenAttention
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
     """Queries and keys of one head of one sequence, in token order.
 
-    query: [Sq, D], key: [Sk, D]. scale: of the scores. offset: position of the first query among the keys.
-    window: keys or None. key_valid: bool [Sk] or None.
+    query: [Sq, D], key: [Sk, D]. query_tags: int32 [3, Sq], key_tags: int32 [3, Sk], of the mask, with window, segments
+    and spans as `element_mask` takes them. scale: of the scores.
     """
 
     query: Tensor
     key: Tensor
+    query_tags: Tensor
+    key_tags: Tensor
     scale: float
-    offset: int = 0
     window: int | None = None
-    key_valid: Tensor | None = None
+    segments: bool = False
+    spans: bool = False
+
+    @classmethod
+    def of(cls, seen: SeenAttention, head: int, batch: int = 0) -> "Head":
+        """One head of an attention."""
+        (_, heads, query_length, _), (_, kv_heads, key_length, _) = seen.query.shape, seen.key.shape
+        device = seen.query.device
+        parts = (*(seen.segments or (None, None)), *(seen.spans or (None, None)), seen.key_valid)
+        of_query, of_key, span_of_query, span_of_key, valid = (
+            None if part is None else part.expand(len(seen.query), -1)[batch : batch + 1] for part in parts
+        )
+        return cls(
+            seen.query[batch, head],
+            seen.key[batch, head // (heads // kv_heads)],
+            query_tags(1, query_length, seen.query_offset, of_query, span_of_query, device)[0],
+            key_tags(1, key_length, valid, of_key, span_of_key, device)[0],
+            seen.scale,
+            seen.window,
+            seen.segments is not None,
+            seen.spans is not None,
+        )
 
     def allowed(self, queries: Tensor) -> Tensor:
         """Which keys some queries may use. queries: int64 [R]. Returns bool [R, Sk]."""
-        device = self.key.device
-        valid = None if self.key_valid is None else self.key_valid[None]
-        of_query = query_tags(1, len(self.query), self.offset, None, None, device)[..., queries]
-        of_key = key_tags(1, len(self.key), valid, None, None, device)
-        return element_mask(of_query, of_key, self.window, False, False)[0]
+        return element_mask(self.query_tags[:, queries], self.key_tags, self.window, self.segments, self.spans)
 
     def weights(self, queries: Tensor, allowed: Tensor) -> Tensor:
         """The softmax of some queries over their allowed keys, float32 [R, Sk]; 0 in a row that has none."""

@@ -36,6 +36,11 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
+    @property
+    def heads(self) -> list[tuple[str, bool]]:
+        """Each column's name, and whether it holds numbers."""
+        return [(name, any(_is_known_number(row[i]) for row in self.rows)) for i, name in enumerate(self.columns)]
+
 
 @dataclass(frozen=True)
 class Section:

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from mmcompile.kernels.attend import plan_attention
 from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.passes.record_attention import SeenAttention
 from mmcompile.pictures.head import Head, HeadPlan
-from mmcompile.pictures.palette import KINDS
+from mmcompile.pictures.palette import BLACK, KINDS, YELLOW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CAPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+CAPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 QUERIES = 256  # measured of each head
-_TICKS = [step * 10.0**power for power in range(-5, 0) for step in (1, 2, 5)] + [1.0]
+_TICKS = [step * 10.0**power for power in range(-5, 0) for step in (1, 2, 3, 5)] + [1.0]
 
 
 def swept_patterns(key_length: int) -> dict[str, HeadPattern]:
@@ -48,35 +49,29 @@ class RecallPoint:
 
 
 def recall_curves(
-    query: Tensor,
-    key: Tensor,
-    boundaries: tuple[Tensor, Tensor, Tensor],
+    seen: SeenAttention,
     heads: Sequence[int],
     patterns: Mapping[str, HeadPattern],
     caps: Sequence[float] = CAPS,
     *,
-    scale: float | None = None,
-    window: int | None = None,
     queries: int = QUERIES,
     step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[RecallPoint]]:
-    """The points of each pattern by rising cap.
+    """The points of each pattern by rising cap, for the first sequence of a batch.
 
-    query: [1, H, S, D], key: [1, KV, S, D], in token order. boundaries: as `plan_attention` takes them. heads: of the
-    site, whose mean is taken. queries: how many of each head are measured, a random one of each run of equal length.
-    step: called with the name of each pattern as it begins.
+    heads: of the attention, whose mean is taken; where a pattern searches a stride, it does in these. queries: how many
+    of each head are measured, a random one of each run of equal length. step: called with the name of each pattern as
+    it begins.
     """
-    group = query.shape[1] // key.shape[1]
-    query, key = query[:, list(heads)], key[:, [head // group for head in heads]]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    offset = key.shape[2] - query.shape[2]
+    group = seen.query.shape[1] // seen.key.shape[1]
+    query, key = seen.query[:, list(heads)], seen.key[:, [head // group for head in heads]]
     sampled = spread_queries(query.shape[2], queries).to(query.device)
-    own = [Head(query[0, head], key[0, head], scale, offset, window) for head in range(len(heads))]
+    own = [Head.of(seen, head) for head in heads]
     curves: dict[str, list[RecallPoint]] = {}
     for name, pattern in patterns.items():
         step(name)
         for cap in caps:
-            planned = plan_attention(query, key, pattern, boundaries, scale=scale, density=cap, window=window)
+            planned = plan_attention(query, key, pattern, seen.boundaries, density=cap, **seen.mask)
             plans = [HeadPlan.of(planned, head) for head in range(len(heads))]
             recalls = [covered(head, plan, sampled) for head, plan in zip(own, plans, strict=True)]
             density = sum(plan.density for plan in plans) / len(plans)
@@ -99,19 +94,24 @@ def spread_queries(length: int, count: int) -> Tensor:
     return edges[:-1] + (drawn * edges.diff()).long()
 
 
-def draw_recall_curves(curves: Mapping[str, Sequence[RecallPoint]], title: str) -> Figure:
-    """A line for each pattern as a matplotlib figure."""
+def draw_recall_curves(
+    curves: Mapping[str, Sequence[RecallPoint]], title: str, own: tuple[float, float] | None = None
+) -> Figure:
+    """A line for each pattern as a matplotlib figure. own: density and recall of the pattern that the head has."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axis = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
-        marker, dashes = "os^Dv<>PX*"[index % 10], ("-", "--", ":", "-.")[index % 4]
+        marker, dashes = "os^Dv<>PX"[index % 9], ("-", "--", ":", "-.")[index % 4]
         # Caps that a pattern cannot reach, or has no use for, give the same plan again.
         different = list({f"{point.density:.3g}": point for point in points}.values())
         density, recall = ([getattr(point, name) for point in different] for name in ("density", "recall"))
-        axis.plot(density, recall, marker=marker, linestyle=dashes, color=_colour(name, index), label=name)
+        axis.plot(density, recall, marker=marker, linestyle=dashes, color=KINDS.get(name, BLACK), label=name)
+    if own is not None:
+        star = {"marker": "*", "s": 260, "color": YELLOW, "edgecolor": BLACK, "zorder": 3}
+        axis.scatter(*own, label="the head's own", **star)
     axis.set(xscale="log", xlabel="computed share of the causal tiles", ylabel="share of the attention computed")
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high]))
@@ -120,10 +120,6 @@ def draw_recall_curves(curves: Mapping[str, Sequence[RecallPoint]], title: str) 
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set_ylim(top=1.02)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    axis.set_title(title, fontsize=11)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
     return figure
-
-
-def _colour(name: str, index: int) -> str:
-    return KINDS.get(name, list(KINDS.values())[index % len(KINDS)])

@@ -14,7 +14,13 @@ from playwright.sync_api import Error, expect, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOSTILE = '<script>document.title = "broken"</script> & "quoted" \'too\''
-ROWS = ((0, 10, "grid", 0.02), (0, 9, "a_shape", None), (1, 2, HOSTILE, 0.1), (1, 0, "grid", float("nan")), (2, 1, "b", 1e-5))
+ROWS = (
+    (0, 10, "grid", 0.02),
+    (0, 9, "a_shape", None),
+    (1, 2, HOSTILE, 0.1),
+    (1, 0, "grid", float("nan")),
+    (2, 1, "b", 1e-5),
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +138,7 @@ def test_no_request_leaves_the_file(opened):
     "attempt",
     [
         "fetch('https://127.0.0.1:9/')",
-        "new Promise((done, fail) => { const i = new Image(); i.onload = done; i.onerror = fail; i.src = 'other.png' })",
+        "new Promise((load, fail) => Object.assign(new Image(), { onload: load, onerror: fail, src: 'other.png' }))",
         "import('data:text/javascript,0')",
     ],
     ids=["fetch", "image", "script"],
