@@ -13,6 +13,7 @@ from mmcompile.modality import ModalityBoundaries, bind
 from mmcompile.model import compile
 from mmcompile.options import Options
 from mmcompile.passes.decide import Reason, SiteRecord
+from mmcompile.pattern_search.search import search
 from mmcompile.prefill import SiteStats, stats
 from mmcompile.report import Report, explain
 from mmcompile.tables import PatternTable
@@ -36,5 +37,6 @@ __all__ = [
     "compile",
     "explain",
     "register_attention",
+    "search",
     "stats",
 ]

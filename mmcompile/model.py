@@ -65,7 +65,17 @@ def compile(
     if isinstance(parsed.patterns, PatternTable):
         parsed.patterns.require(Architecture.of(model))
     _check_mode(mode, parsed.inner)
-    backend = _Backend(parsed, mode)
+    return compile_with(model, _Backend(parsed, mode), fullgraph=fullgraph, dynamic=dynamic)
+
+
+def compile_with(
+    model: nn.Module,
+    backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+) -> nn.Module:
+    """What `compile` does, with another backend behind it. Returns `model`."""
     model.compile(backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     pack_vision_attention(model)
     if hasattr(model, "generate"):

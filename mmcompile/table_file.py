@@ -56,7 +56,7 @@ def _pattern_schema() -> dict[str, Any]:
     return _object(properties)
 
 
-_POINT = _object({"pattern": _TEXT, "ms": _FIGURE, "density": _FIGURE, "error": _FIGURE})
+_POINT = _object({"pattern": _TEXT, "ms": _FIGURE, "density": _FIGURE, "error": _FIGURE, "recall": _or_null(_FIGURE)})
 _HEAD = _object(
     {
         "error": _FIGURE,

@@ -18,21 +18,23 @@ class FrontPoint:
     """One pattern on a head's Pareto front: none that costs less has a smaller error.
 
     ms: measured time of the kernel for this head (its share of a layer run with the pattern in every head). density:
-    computed tiles over the causal ones. error: ||output - dense|| / ||dense|| of the attention's output.
+    computed tiles over the causal ones. error: ||output - dense|| / ||dense|| of the attention's output. recall: mean
+    share of a query's attention that the computed keys hold, None where it is not known.
     """
 
     pattern: HeadPattern
     ms: float
     density: float
     error: float
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
 class HeadFinding:
     """What the search found of one head, with the pattern that the table gives it.
 
-    error, density, ms: as of `FrontPoint`. recall: estimated share of the attention, None where nothing was estimated.
-    held_out: error on samples that the search did not see, None without any. front: by rising ms.
+    error, density, ms, recall: as of `FrontPoint`. held_out: error on samples that the search did not see, None without
+    any. front: by rising ms.
     """
 
     error: float
