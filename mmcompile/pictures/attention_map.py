@@ -95,25 +95,25 @@ def attention_map(
     cell = 2 ** max(0, math.ceil(math.log2(max(query_length, key_length) / cells)))
     in_tokens = (torch.arange(query_length, device=device), torch.arange(key_length, device=device))
     in_slots = (plan.query_order, plan.key_order)
-    reordered = not all(map(torch.equal, in_tokens, in_slots))
-    pools = [_Pool(*order, cell, pool) for order in ([in_tokens, in_slots] if reordered else [in_tokens])]
+    pools = [_Pool(query_length, key_length, None, cell, pool, device)]
+    if not all(map(torch.equal, in_tokens, in_slots)):
+        pools.append(_Pool(query_length, key_length, in_slots, cell, pool, device))
     covered, with_keys = 0.0, 0
     tiles = plan.query_tiles()
-    for done, queries in enumerate(tiles, 1):
-        allowed = one.allowed(queries)
+    for tile, queries in enumerate(tiles):
+        allowed, computed = one.allowed(queries), plan.keys_of(tile)
         weights = one.weights(queries, allowed)
-        computed = plan.computed(queries) & allowed
         times_uniform = weights * allowed.sum(-1, keepdim=True)
         for target in pools:
             target.add(queries, times_uniform, computed, allowed)
         covered += float((weights * computed).sum())
         with_keys += int(allowed.any(-1).sum())
-        step(done, len(tiles))
+        step(tile + 1, len(tiles))
     parts = _segments(seen, batch)
     kinds = torch.cat([seen.boundaries[1].long(), seen.boundaries[1].new_zeros(1).long()])
     of_query, of_key = (kinds[part] for part in parts)
     raster = ordered = pools[0].panel(of_query, of_key, parts)
-    if reordered:
+    if len(pools) > 1:
         modalities = (of_query[plan.query_order], of_key[plan.key_order])
         ordered = pools[1].panel(*modalities, modalities)
     sizes = (query_length, key_length)
@@ -138,26 +138,36 @@ def _segments(seen: SeenAttention, batch: int) -> tuple[Tensor, Tensor]:
 
 
 class _Pool:
-    """Cells of attention in one order, filled some queries at a time."""
+    """Cells of attention in one order (of queries and keys; None for the tokens'), filled some queries at a time."""
 
-    def __init__(self, query_order: Tensor, key_order: Tensor, cell: int, pool: str) -> None:
-        self.key_order, self.cell, self.pool = key_order, cell, pool
-        self.cell_of_query = slots(query_order.int()).long() // cell
-        shape = (-(-len(query_order) // cell), -(-len(key_order) // cell))
-        self.covered, self.missed = (torch.zeros(shape, device=key_order.device) for _ in range(2))
-        self.computed, self.allowed = (torch.zeros(shape, dtype=torch.int64, device=key_order.device) for _ in range(2))
+    def __init__(
+        self,
+        query_length: int,
+        key_length: int,
+        orders: tuple[Tensor, Tensor] | None,
+        cell: int,
+        pool: str,
+        device: torch.device,
+    ) -> None:
+        self.key_order = None if orders is None else orders[1]
+        slot = torch.arange(query_length, device=device) if orders is None else slots(orders[0].int()).long()
+        self.cell, self.pool, self.cell_of_query = cell, pool, slot // cell
+        shape = (-(-query_length // cell), -(-key_length // cell))
+        self.covered, self.missed = torch.zeros(2, *shape, device=device)
+        self.computed, self.allowed = torch.zeros(2, *shape, dtype=torch.int64, device=device)
 
     def add(self, queries: Tensor, weights: Tensor, computed: Tensor, allowed: Tensor) -> None:
-        """queries: int64 [R]; the others [R, Sk] in token order."""
+        """queries: int64 [R]. weights: [R, Sk], computed: bool [Sk], allowed: bool [R, Sk], in token order."""
         rows = self.cell_of_query[queries]
-        weights, computed, allowed = (tensor[:, self.key_order] for tensor in (weights, computed, allowed))
+        if self.key_order is not None:
+            weights, computed, allowed = (one.index_select(-1, self.key_order) for one in (weights, computed, allowed))
         for target, part in ((self.covered, weights * computed), (self.missed, weights * ~computed)):
             if self.pool == "max":
                 pooled = self._cells(part).amax(-1)
                 target.scatter_reduce_(0, rows[:, None].expand_as(pooled), pooled, "amax")
             else:
                 target.index_add_(0, rows, self._cells(part).sum(-1))
-        for count, elements in ((self.computed, computed), (self.allowed, allowed)):
+        for count, elements in ((self.computed, allowed & computed), (self.allowed, allowed)):
             count.index_add_(0, rows, self._cells(elements).sum(-1))
 
     def _cells(self, of_keys: Tensor) -> Tensor:

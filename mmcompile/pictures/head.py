@@ -95,13 +95,14 @@ class HeadPlan:
         """The queries of each tile, int64 [at most 128] each."""
         return self.query_order.split(TILE)
 
+    def keys_of(self, query_tile: int) -> Tensor:
+        """Which keys are computed for the queries of one tile, as far as the mask allows: bool [Sk] in token order."""
+        in_slots = self.tiles[query_tile].repeat_interleave(TILE)[: len(self.key_order)]
+        in_slots = in_slots.index_fill(0, self.columns[query_tile], True)
+        return torch.empty_like(in_slots).index_copy_(0, self.key_order, in_slots)
+
     def computed(self, queries: Tensor) -> Tensor:
-        """Which keys are computed for some queries, as far as the mask allows. queries: int64 [R]. bool [R, Sk]."""
-        tile_of_query = slots(self.query_order.int()).long()[queries] // TILE  # [R]
-        tile_of_key = slots(self.key_order.int()).long() // TILE  # [Sk]
-        computed = self.tiles[tile_of_query][:, tile_of_key]
-        for tile in tile_of_query.unique().tolist():
-            if len(self.columns[tile]):
-                single = torch.zeros_like(computed[0]).index_fill_(0, self.key_order[self.columns[tile]], True)
-                computed |= (tile_of_query == tile)[:, None] & single
-        return computed
+        """The same for any queries. queries: int64 [R]. Returns bool [R, Sk]."""
+        tile_of_query = slots(self.query_order.int()).long()[queries] // TILE
+        tiles, index = tile_of_query.unique(return_inverse=True)
+        return torch.stack([self.keys_of(tile) for tile in tiles.tolist()])[index]
