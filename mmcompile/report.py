@@ -95,7 +95,7 @@ def sites_table(sites: Sequence[SiteRecord]) -> Table:
 
 def site_rows(sites: Sequence[SiteRecord]) -> list[tuple[str, ...]]:
     """The rows of that table, a text for each of `SITE_COLUMNS`."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for like in _runs(sites):
         first, last = like[0], like[-1]
         layers = "-" if first.layer is None else str(first.layer)

@@ -69,7 +69,7 @@ def render(page: Page) -> str:
 
     Its content security policy allows this very style and script, pictures within the page, and nothing else.
     """
-    loader = jinja2.PackageLoader("mmcompile.pictures", "template")
+    loader = jinja2.PackageLoader("mmcompile.pictures", "")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -110,8 +110,7 @@ def draw_recall_curves(
         density, recall = ([getattr(point, name) for point in different] for name in ("density", "recall"))
         axis.plot(density, recall, marker=marker, linestyle=dashes, color=KINDS.get(name, BLACK), label=name)
     if own is not None:
-        star = {"marker": "*", "s": 260, "color": YELLOW, "edgecolor": BLACK, "zorder": 3}
-        axis.scatter(*own, label="the head's own", **star)
+        axis.scatter(*own, label="the head's own", marker="*", s=260, color=YELLOW, edgecolor=BLACK, zorder=3)
     axis.set(xscale="log", xlabel="computed share of the causal tiles", ylabel="share of the attention computed")
     low, high = axis.get_xlim()
     axis.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high]))
