@@ -41,6 +41,8 @@ class Planned(NamedTuple):
     key: Tensor  # [B, C, Sk, D] in slot order
     scale: float
     window: int | None
+    segments: bool = False  # whether the mask has such parts
+    spans: bool = False
 
     def of_heads(self, figure: Tensor) -> Tensor:
         """`density` or `recall` of each head, [B, H]."""
@@ -61,8 +63,8 @@ class Planned(NamedTuple):
             self.copies.of_head(heads),
             self.scale,
             self.window,
-            False,
-            False,
+            self.segments,
+            self.spans,
             0,
             False,
             None if self.orders[0] == _RASTER else self.arrangement.query_order,
@@ -81,13 +83,16 @@ def plan_attention(
     key_valid: Tensor | None = None,
     window: int | None = None,
     query_offset: int | None = None,
+    segments: tuple[Tensor, Tensor] | None = None,
+    spans: tuple[Tensor, Tensor] | None = None,
 ) -> Planned:
     """Plan causal attention over what the patterns choose.
 
     query: [B, H, Sq, D], key: [B, KV, Sk, D]. patterns: one for every head, or one a head.
     boundaries: offsets int32 [M + 1], modality int32 [M], grid int32 [M, 3] of the query tokens.
     scale: 1/sqrt(D) when None. density, recall: as in `plan`. key_valid: bool [B, Sk] or None. window: keys or None.
-    query_offset: position of the first query among the keys; Sk - Sq when None.
+    query_offset: position of the first query among the keys; Sk - Sq when None. segments, spans: integer [B, Sq] and
+        [B, Sk] of queries and keys, as in `arrange`.
     Raises ValueError naming the argument, its value, and what would be right.
     """
     batch, heads, query_length, width = query.shape
@@ -101,18 +106,19 @@ def plan_attention(
     orders = distinct_orders(rows.patterns)
     searches = any(order.searches for order in (*orders[0], *orders[1]))
     sizes = (batch, query_length, key_length, offset)
-    mask: tuple[Any, ...] = (key_valid, None, None, None, None)
+    mask = (key_valid, *(segments or (None, None)), *(spans or (None, None)))
     data = (query, key) if searches else (None, None)
     arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), 0, scale))
     copies = KeyCopies.of(kv_heads, len(orders[1]))
     key = _in_orders(key, arrangement.key_order, copies, orders[1])
     data = (query, key) if any(pattern.needs_data for pattern in of_head) else (None, None)
-    parts = (offset, scale, window, False, False)
+    parts = (offset, scale, window, segments is not None, spans is not None)
     budget = (density, recall, 0)
     *lists, planned, held = _OPS.plan(
         *data, *arrangement, *boundaries, *parts, encode(rows.patterns), rows.heads, *budget
     )
-    return Planned(arrangement, TilePlan(*lists), planned, held, rows, orders, copies, key, scale, window)
+    results = (arrangement, TilePlan(*lists), planned, held, rows, orders, copies, key)
+    return Planned(*results, scale, window, segments is not None, spans is not None)
 
 
 def _in_orders(x: Tensor, order: Tensor, copies: KeyCopies, orders: tuple[Order, ...]) -> Tensor:

@@ -89,6 +89,8 @@ class HeadPattern:
         holds more of the attention in as many tiles. Kinds "grid" and "sf_strided" are always by site.
     stride: tokens per frame for kinds and orders by site; 0 takes it from the boundaries' grid, else searches it in the
         attention of the last queries, up to `max_stride`.
+    density: cap on the head's computed tiles, as a fraction of the causal ones, in (0, 1); None for none. Where the
+        whole prefill has a cap too, the smaller holds.
     pairs: what each (query modality, key modality) has instead of this pattern, for boundary "q" (key modality -1 for
         all keys) and "2d". The pairs of one query share one softmax.
 
@@ -109,6 +111,7 @@ class HeadPattern:
     scores: str = "sampled"
     mass: float = 0.95
     columns: int | float = 0
+    density: float | None = None
     pairs: tuple[tuple[int, int, "HeadPattern"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -125,6 +128,8 @@ class HeadPattern:
             raise ValueError(f'lines={self.lines!r} is not a set of grid lines; any of "h", "v" and "s", such as "vs"')
         if isinstance(self.mass, bool) or not isinstance(self.mass, int | float) or not 0.0 < self.mass <= 1.0:
             raise ValueError(f"mass={self.mass!r} is not a share of the attention; in (0, 1]")
+        if self.density is not None and not _is_share(self.density):
+            raise ValueError(f"density={self.density!r} is not a cap on tiles; in (0, 1), or None for none")
         if self.kind == "columns" and self.columns == 0:
             raise ValueError("columns=0 leaves kind 'columns' without keys; at least 1")
         if self.kind == "sf_fixed" and (self.boundary == "2d" or self.order != "raster"):
@@ -188,6 +193,7 @@ class HeadPattern:
         words = [self.kind + details.get(self.kind, "")]
         words += [] if self.order == "raster" else [f"{self.order} order"]
         words += [] if self.boundary == "none" else [self.boundary]
+        words += [] if self.density is None else [f"<= {self.density:g}"]
         pairs = [f"{query}:{'*' if key < 0 else key} {pattern}" for query, key, pattern in self.pairs]
         return " ".join(words) + (f" [{'; '.join(pairs)}]" if pairs else "")
 
@@ -317,6 +323,8 @@ def _checked_pair(parent: HeadPattern, pair: Any) -> tuple[int, int, HeadPattern
             raise ValueError(f"pairs: {name} modality {value!r}; an int from {low} to {high}")
     if pattern.pairs or pattern.boundary != "none":
         raise ValueError(f"pairs: {pattern} has pairs or a boundary of its own; only its parent has")
+    if pattern.density is not None:
+        raise ValueError(f"pairs: {pattern} has a cap of its own; that of its parent holds for all pairs together")
     if pattern.columns or pattern.kind in ("columns", "vertical_slash", "sf_fixed"):
         raise ValueError(f"pairs: {pattern} picks single keys; a pair takes a pattern of whole tiles")
     if replace(pattern, boundary=parent.boundary).orders != replace(parent, pairs=()).orders:
@@ -338,6 +346,10 @@ def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name}={value!r} is not a head pattern {name}{_nearest(value, choices)}; one of {list(choices)}"
         )
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < 1.0
 
 
 def _require_tokens(name: str, value: object, least: int, most: int) -> None:

@@ -122,7 +122,8 @@ def plan(
     patterns: from `patterns.encode`, one a plan row. heads: the query head that a row is estimated for, else -1.
     density: None for the patterns as they are; 1.0 for every tile with an allowed element; between, a cap on the
         computed tiles as a fraction of those in raster order, for each plan row: the tiles of the sink and of each
-        query's nearest key stay, and of the rest the cap keeps what the pattern wants most.
+        query's nearest key stay, and of the rest the cap keeps what the pattern wants most. Where a pattern has a cap
+        of its own the smaller holds.
     recall: what "top_p" covers of each query tile's attention within the cap, instead of the patterns' `mass`.
     min_tokens: shorter key lengths get no tiles; attention then runs dense.
 
@@ -158,7 +159,6 @@ def plan(
     query_tags = _in_raster(arrangement.query_tags, arrangement.query_order, distinct_orders(rows)[0])
     bounds = TileBounds.of(query_tags, scene.key_tags, window, segments, spans)
     causal = bounds.count_non_empty()  # what dense attention computes
-    budget = None if density is None or density == 1.0 else (causal.double() * density).floor().long()
     if result.columns.shape[2]:
         result.columns.zero_()
         result.cold.fill_(True)
@@ -168,12 +168,21 @@ def plan(
         if pattern.kind != "top_p" or density == 1.0:  # nothing to choose a pair by
             pairs = pairs[:1]
         places = place(scene, pattern, pairs, grid, density == 1.0)
+        cap = _cap(pattern, density)
+        budget = None if cap is None or cap == 1.0 else (causal.double() * cap).floor().long()
         for part in parts:
             one = TilePlan(*(tensor[:, part] for tensor in result))
             held = stats.recall[:, part]
-            _plan_rows(scene, pattern, heads[part], pairs, places, grid, budget, density, recall, one, held)
+            _plan_rows(scene, pattern, heads[part], pairs, places, grid, budget, cap, recall, one, held)
     density_of(result.counts, causal, stats.density)
     return result, stats
+
+
+def _cap(pattern: HeadPattern, density: float | None) -> float | None:
+    """The cap that holds for a pattern; 1.0 for every tile."""
+    if density is None or density == 1.0 or pattern.density is None:
+        return density or pattern.density
+    return min(density, pattern.density)
 
 
 def _groups(rows: Sequence[HeadPattern], scene: Scene) -> Iterator[tuple[HeadPattern, list[slice]]]:
@@ -380,8 +389,10 @@ def _tile_room(
     seen: key tiles that hold all that the first query tile may see; each query tile sees one more than the one before.
     """
     every = query_tiles * key_tiles
-    if density is None or density == 1.0:
+    caps = [_cap(pattern, density) for pattern in patterns]
+    if None in caps or 1.0 in caps:
         return every
+    density = max(cap for cap in caps if cap is not None)
     unseen = torch.sym_min(torch.sym_max(key_tiles - seen, 0), query_tiles)
     if segments:
         return every  # a segment's tokens may stand anywhere, and its first ones with them

@@ -5,18 +5,21 @@
 needs no import of this package: torch finds the backend by its entry point. Importing it adds what is here.
 """
 
+from mmcompile.architecture import Architecture
 from mmcompile.eager_attention import register_attention
-from mmcompile.errors import BoundaryError, MMCompileError, OptionError, UnsupportedSitesError
+from mmcompile.errors import BoundaryError, MMCompileError, OptionError, TableError, UnsupportedSitesError
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.modality import ModalityBoundaries, bind
 from mmcompile.model import compile
 from mmcompile.options import Options
 from mmcompile.passes.decide import Reason, SiteRecord
+from mmcompile.pattern_search.search import search
 from mmcompile.prefill import SiteStats, stats
 from mmcompile.report import Report, explain
 from mmcompile.tables import PatternTable
 
 __all__ = [
+    "Architecture",
     "BoundaryError",
     "HeadPattern",
     "MMCompileError",
@@ -28,10 +31,12 @@ __all__ = [
     "Report",
     "SiteRecord",
     "SiteStats",
+    "TableError",
     "UnsupportedSitesError",
     "bind",
     "compile",
     "explain",
     "register_attention",
+    "search",
     "stats",
 ]

@@ -20,6 +20,7 @@ from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.pipeline import describe_graph, run_passes
 from mmcompile.prefill import CompiledPrefill, dense_prefill, is_prefilling, tells_boundaries
 from mmcompile.report import describe_records
+from mmcompile.tables import PatternTable
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ def mminference(
     # Where the prompt's grids are told, no stride is searched, and one arrangement of the tokens serves all layers.
     rewritten = run_passes(module, **parsed.for_passes, search_strides=not tells_boundaries(module))
     _log(rewritten.records, rewritten.module)
+    if isinstance(parsed.patterns, PatternTable):
+        parsed.patterns.require_sites(rewritten.records)
     if parsed.strict:
         _raise_on_refusal(rewritten.records)
     why = "it is part of a prefill" if is_prefilling() else why_no_cuda_graph(rewritten)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from mmcompile.bench.command import bench
 from mmcompile.console import out, progress_console, steps, write
 from mmcompile.errors import MMCompileError
+from mmcompile.pictures.command import plot
 
 app = typer.Typer(
     help="A torch.compile backend that makes the prefill of vision-language models sparse.",
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(plot, name="plot")
 
 
 def main() -> None:
@@ -161,3 +163,48 @@ def doctor(
     out.print(diagnosis.advice(), highlight=False)
     if not diagnosis.healthy:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")],
+    patterns: Annotated[str, typer.Option(help='"auto", the path of a table, or a kind such as grid.')] = "auto",
+    density: Annotated[float | None, typer.Option(help="Cap on the computed tiles of each head.")] = None,
+    draw: Annotated[str | None, typer.Option(help="Heads to draw, LAYER:HEAD,... or none; a few by default.")] = None,
+    video: Annotated[Path | None, typer.Option(help="Put this video in the prompt (Qwen2-VL, Qwen2.5-VL).")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames to take of the video; all by default.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt; with --video, the most.")] = 8192,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one.")] = None,
+    out_path: Annotated[Path, typer.Option("--out", help="One HTML file that needs no network.")] = Path("report.html"),
+) -> None:
+    """A page about every head of a model on one prompt: patterns, densities, errors, pictures, and every decision.
+
+    Example: [bold]python -m mmcompile report --model ./my-model --video holiday.mp4 --patterns table.json[/bold]
+    """
+    from mmcompile.drawing import require_matplotlib
+
+    require_matplotlib()  # before minutes are spent
+    import mmcompile
+    from mmcompile.pictures.command import load, parse_patterns
+    from mmcompile.pictures.model_page import choose_heads, make_page, measure
+    from mmcompile.pictures.page import render
+
+    options = parse_patterns(patterns, density)
+    passes = options.for_passes
+    with steps(3) as step:
+        loaded, inputs = load(step, model, options, video, frames, tokens, dtype, device)
+        step("trace and decide")
+        explained = mmcompile.explain(loaded, **inputs, options=options)
+    chosen = choose_heads(draw, explained, passes["patterns"])
+    with steps(explained.sparse_count + len(chosen)) as step:
+        found = measure(loaded, inputs, passes["patterns"], passes["density"], chosen, step)
+    table = options.patterns if isinstance(options.patterns, mmcompile.PatternTable) else None
+    page = make_page(model, patterns, explained, found, table, loaded.device.type)
+    write(out_path, render(page))
+    error, layer, head = found.worst()
+    out.print(
+        f"{len(found.scores)} layers, {len(found.pictures)} pictures of heads; the largest error is {error:.2g}, of "
+        f"layer {layer}, head {head}. Next: open it in a browser; [bold]--draw {layer}:{head}[/bold] shows that head.",
+        highlight=False,
+    )

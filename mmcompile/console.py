@@ -5,7 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from mmcompile.errors import MMCompileError
 
@@ -16,16 +24,21 @@ progress_console = Console(stderr=True)
 
 
 @contextmanager
-def steps(total: int) -> Iterator[Step]:
-    """A progress bar of named steps on stderr; the yielded function begins the next one."""
+def steps(total: int | None, *, shown: bool = True) -> Iterator[Step]:
+    """A progress bar of named steps on stderr, with the time that is left; the yielded function begins the next step.
+
+    total: None where it is not known. shown: without a bar, nothing is printed.
+    """
     columns = (
         SpinnerColumn(),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=progress_console, transient=True) as progress:
+    with Progress(*columns, console=progress_console, transient=True, disable=not shown) as progress:
         task = progress.add_task("", total=total)
         begun = False
 

@@ -24,6 +24,7 @@ from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.modality import bound_tensors, unknown_boundaries
 from mmcompile.options import Options
 from mmcompile.prefill import DenseSite, SparseSite, keep_site
+from mmcompile.tables import PatternTable
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ class _Attention:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: _CausalMask, scaling: float | None
     ) -> Tensor:
         chosen = self._options.for_passes
+        if isinstance(self._options.patterns, PatternTable):
+            self._options.patterns.require_geometry(query.shape[1], key.shape[1], query.shape[3])
         patterns = _patterns_of(module, chosen["patterns"])
         boundaries = bound_tensors(query.device, query.shape[0], query.shape[2])
         attended = sparse_attention(

@@ -22,3 +22,7 @@ class BoundaryError(MMCompileError, ValueError):
 
 class UnsupportedSitesError(MMCompileError, RuntimeError):
     """With strict=True: an attention that had to stay dense."""
+
+
+class TableError(MMCompileError, ValueError):
+    """A pattern table that cannot be read or written, or is for another model."""

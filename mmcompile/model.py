@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mmcompile.architecture import Architecture
 from mmcompile.backend import mminference
 from mmcompile.errors import OptionError
 from mmcompile.options import Options
 from mmcompile.prefill_steps import with_prefill_steps
+from mmcompile.tables import PatternTable
 from mmcompile.vision_attention import pack_vision_attention
 
 _TORCH_NAMES = ("fullgraph", "dynamic", "mode")
@@ -54,13 +56,26 @@ def compile(
 
     Raises:
         OptionError: at once, for a name that is unknown (with the nearest known one) or a value out of range.
+        TableError: at once, for a pattern table that was searched for another architecture, saying what differs.
         TypeError: `model` is no `torch.nn.Module`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__}: must be a torch.nn.Module")
     parsed = _parse(options)
+    if isinstance(parsed.patterns, PatternTable):
+        parsed.patterns.require(Architecture.of(model))
     _check_mode(mode, parsed.inner)
-    backend = _Backend(parsed, mode)
+    return compile_with(model, _Backend(parsed, mode), fullgraph=fullgraph, dynamic=dynamic)
+
+
+def compile_with(
+    model: nn.Module,
+    backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+) -> nn.Module:
+    """What `compile` does, with another backend behind it. Returns `model`."""
     model.compile(backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     pack_vision_attention(model)
     if hasattr(model, "generate"):

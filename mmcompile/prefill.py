@@ -15,6 +15,7 @@ from torch import fx, nn
 from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
 from mmcompile.kernels.patterns import HeadPattern, plan_rows
 from mmcompile.modality import ModalityBoundaries, bound_boundaries, bound_tensors, unknown_boundaries
+from mmcompile.passes.find_attention import AttentionSite
 from mmcompile.passes.graph import Size, fake_value, placeholders, same_size
 from mmcompile.passes.pipeline import Rewritten
 
@@ -132,15 +133,34 @@ def is_prefilling() -> bool:
     return _prefilling.get()
 
 
-class CompiledPrefill:
-    """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls.
-
-    Boundaries come, first found first used, from `bind`, from multimodal rotary positions among this call's own
-    inputs, or are unknown. Nothing is kept from one call to the next, so none can be stale.
+class CallBoundaries:
+    """Where the boundaries of each call of one graph come from: first found first used, from `bind`, from multimodal
+    rotary positions among the call's own inputs, or they are unknown. Nothing is kept from one call to the next, so
+    none can be stale.
     """
 
+    def __init__(self, inputs: Sequence[fx.Node], site: AttentionSite) -> None:
+        """inputs: the graph's own placeholders. site: an attention of it that takes boundaries."""
+        self._device = fake_value(site.query).device
+        self._positions = _find_positions(inputs, site.batch, site.query_length)
+        self._batch = _find_size(inputs, site.batch)
+        self._length = _find_size(inputs, site.query_length)
+
+    def of(self, inputs: Sequence[Any]) -> BoundaryTensors:
+        """Of a call with these inputs."""
+        batch, length = (None if read is None else read(inputs) for read in (self._batch, self._length))
+        bound = bound_tensors(self._device, batch, length)
+        if bound is not None:
+            return bound
+        if self._positions is not None:
+            return boundaries_from_positions(inputs[self._positions])
+        return unknown_boundaries(self._device)
+
+
+class CompiledPrefill:
+    """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls."""
+
     def __init__(self, compiled: Callable[..., Any], rewritten: Rewritten) -> None:
-        site = rewritten.sparse[0].site
         own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
         self._compiled = compiled
         self._sites = tuple(
@@ -153,27 +173,15 @@ class CompiledPrefill:
             )
             for one in rewritten.sparse
         )
-        self._device = fake_value(site.query).device
-        self._positions = _find_positions(own, site.batch, site.query_length)
-        self._batch = _find_size(own, site.batch)
-        self._length = _find_size(own, site.query_length)
+        self._boundaries = CallBoundaries(own, rewritten.sparse[0].site)
         self._parameter = _find_parameter(own)
 
     def __call__(self, *inputs: Any) -> Any:
-        outputs = self._compiled(*inputs, *self._boundaries(inputs))
+        outputs = self._compiled(*inputs, *self._boundaries.of(inputs))
         own = len(outputs) - 2 * len(self._sites)
         if self._parameter is not None:
             _last_prefills.keep(inputs[self._parameter], self._sites, outputs[own:])
         return outputs[:own]
-
-    def _boundaries(self, inputs: Sequence[Any]) -> BoundaryTensors:
-        batch, length = (None if read is None else read(inputs) for read in (self._batch, self._length))
-        bound = bound_tensors(self._device, batch, length)
-        if bound is not None:
-            return bound
-        if self._positions is not None:
-            return boundaries_from_positions(inputs[self._positions])
-        return unknown_boundaries(self._device)
 
 
 def dense_prefill(compiled: Callable[..., Any], module: fx.GraphModule) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from mmcompile.passes.pipeline import run_passes
 from mmcompile.prefill_steps import by_name, is_decode_step, tracing
 from mmcompile.reference_runs import copy_sharing_weights
 
-_COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "reason", "pattern")
+SITE_COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "reason", "pattern")
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,34 @@ class Report:
 
 def sites_table(sites: Sequence[SiteRecord]) -> Table:
     """One row a run of sites that differ in nothing but their layer."""
-    table = Table(*_COLUMNS, title="Attention sites", show_lines=False)
+    table = Table(*SITE_COLUMNS, title="Attention sites", show_lines=False)
+    for row in site_rows(sites):
+        table.add_row(*row)
+    return table
+
+
+def site_rows(sites: Sequence[SiteRecord]) -> list[tuple[str, ...]]:
+    """The rows of that table, a text for each of `SITE_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
     for like in _runs(sites):
         first, last = like[0], like[-1]
         layers = "-" if first.layer is None else str(first.layer)
         if last.layer != first.layer:
             layers += f" to {last.layer}"
-        reason = f"{first.reason}: {first.detail}" if first.detail else str(first.reason)
-        table.add_row(
+        same = first.query_length == first.key_length
+        row = (
             (f"{len(like)} x " if len(like) > 1 else "") + (first.module_path or "(unnamed)"),
             layers,
             first.phase,
             f"{first.heads}/{first.kv_heads} x {first.head_dim}" if first.heads else "?",
-            first.query_length
-            if first.query_length == first.key_length
-            else f"{first.query_length} of {first.key_length}",
+            first.query_length if same else f"{first.query_length} of {first.key_length}",
             first.mask,
             "sparse" if first.sparse else "dense",
-            reason,
+            f"{first.reason}: {first.detail}" if first.detail else str(first.reason),
             ", ".join(first.patterns) or "-",
         )
-    return table
+        rows.append(row)
+    return rows
 
 
 def describe_records(sites: Sequence[SiteRecord]) -> str:

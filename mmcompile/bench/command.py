@@ -148,7 +148,8 @@ def _run(measurement: Measurement, path: Path | None, plot: Path | None, redraw:
 
     from mmcompile.bench.figure import Figure
     from mmcompile.bench.measurement import require_device
-    from mmcompile.bench.show import print_tables, require_matplotlib, save_plot
+    from mmcompile.bench.show import print_tables, save_plot
+    from mmcompile.drawing import require_matplotlib
 
     if plot is not None:
         require_matplotlib()  # before minutes are spent

@@ -1,6 +1,5 @@
 """A figure for people: its tables on the terminal, and a plot."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmcompile.bench.figure import Figure, FigureError, Row
+from mmcompile.bench.figure import Figure, Row
 from mmcompile.bench.measurement import Measurement
 from mmcompile.bench.timing import FAILURE
+from mmcompile.drawing import save_drawing
 
 WIDEST = 200  # characters of a line
 
@@ -52,12 +52,6 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
 
 
-def require_matplotlib() -> None:
-    """Raises FigureError where no plot can be drawn."""
-    if find_spec("matplotlib") is None:
-        raise FigureError('a plot needs matplotlib, which is not installed: pip install "mmcompile[plot]"')
-
-
 def save_plot(measurement: Measurement, figure: Figure, path: Path) -> None:
     """Draw the figure's rows into a file whose ending names the format."""
     import matplotlib
@@ -69,9 +63,6 @@ def save_plot(measurement: Measurement, figure: Figure, path: Path) -> None:
     drawn.suptitle(f"{figure.title}, {figure.device}")
     drawn.set_layout_engine("constrained")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawn.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise FigureError(f"{path}: cannot be written ({error})") from error
+        save_drawing(drawn, path)
     finally:
         plt.close(drawn)

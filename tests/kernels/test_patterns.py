@@ -48,6 +48,7 @@ def fields_of(kind: str, **given: st.SearchStrategy[Any]) -> st.SearchStrategy[d
         "scores": st.sampled_from(SCORES),
         "mass": st.floats(0.0, 1.0, exclude_min=True),
         "columns": st.integers(1 if kind == "columns" else 0, MAX_TOKENS) | shares(kind),
+        "density": st.none() | st.floats(0.0, 1.0, exclude_min=True, exclude_max=True),
     }
     return st.fixed_dictionaries(every | given)
 
@@ -76,7 +77,9 @@ def head_patterns(draw: st.DrawFn) -> HeadPattern:
         return head
     pairs = []
     keys = st.just(-1) if head.boundary == "q" else st.integers(0, MODALITIES - 1)
-    intra = single_patterns(("dense", "a_shape", "tri_shape", "top_p"), boundary=st.just("none"), columns=st.just(0))
+    intra = single_patterns(
+        ("dense", "a_shape", "tri_shape", "top_p"), boundary=st.just("none"), columns=st.just(0), density=st.none()
+    )
     for _ in range(draw(st.integers(0, 3))):
         pattern = draw(intra)
         pattern = replace(pattern, order="raster", stride=head.stride, max_stride=head.max_stride, scores="sampled")
@@ -115,8 +118,8 @@ def test_text_form_tells_every_field(one: HeadPattern, other: HeadPattern) -> No
 
 def test_text_form_is_fixed_because_graphs_are_compared_by_it() -> None:
     assert encode([HeadPattern("a_shape")]) == (
-        '[{"boundary":"none","columns":0,"kind":"a_shape","last":128,"lines":"vs","local":4096,"mass":0.95,'
-        '"max_stride":1024,"order":"raster","pairs":[],"scores":"sampled","sink":128,"slash":1024,"stride":0,'
+        '[{"boundary":"none","columns":0,"density":null,"kind":"a_shape","last":128,"lines":"vs","local":4096,'
+        '"mass":0.95,"max_stride":1024,"order":"raster","pairs":[],"scores":"sampled","sink":128,"slash":1024,"stride":0,'
         '"vertical":1000}]'
     )
     assert encode_orders([Order()], [Order(True, "site", 7)]) == (
@@ -266,6 +269,7 @@ def test_columns_are_a_number_or_a_share_of_the_keys() -> None:
         (HeadPattern("top_p", columns=64, order="auto"), "top_p(sampled, 0.95, 64 columns) auto order"),
         (HeadPattern("top_p", columns=1 / 64), "top_p(sampled, 0.95, 0.0156 of the keys as columns)"),
         (HeadPattern("columns", columns=64), "columns(64)"),
+        (HeadPattern("top_p", density=0.05), "top_p(sampled, 0.95) <= 0.05"),
         (HeadPattern(boundary="q", pairs=((2, -1, HeadPattern("a_shape")),)), "dense q [2:* a_shape(128, 4096)]"),
         (
             HeadPattern(boundary="2d", pairs=((2, 0, HeadPattern()), (0, 1, HeadPattern()))),
@@ -310,6 +314,9 @@ def test_reports_name_a_pattern(pattern: HeadPattern, name: str) -> None:
         ({"kind": "top_p", "columns": 1.0}, ["columns=1.0", "in (0, 1)", "as an int"]),
         ({"kind": "top_p", "columns": float("nan")}, ["columns=nan", "in (0, 1)"]),
         ({"kind": "columns", "columns": 0.5}, ["columns=0.5", "an int from 0 to"]),
+        ({"kind": "grid", "density": 0.0}, ["density=0.0", "in (0, 1), or None"]),
+        ({"kind": "grid", "density": 1}, ["density=1", "in (0, 1), or None"]),
+        ({"kind": "grid", "density": True}, ["density=True", "in (0, 1), or None"]),
         ({"kind": "columns"}, ["columns=0", "'columns'", "at least 1"]),
         ({"kind": "sf_fixed", "boundary": "2d"}, ["'sf_fixed'", "raster order", "'none', 'k' or 'q'"]),
         ({"kind": "sf_fixed", "order": "site"}, ["'sf_fixed'", "order 'raster'"]),
@@ -348,6 +355,7 @@ def test_bad_pattern_is_refused_with_field_value_and_what_is_right(values: objec
         ("2d", [0, 1, {"kind": "dense", "boundary": "2d"}], ["a boundary of its own"]),
         ("2d", [0, 1, {"kind": "columns", "columns": 4}], ["picks single keys"]),
         ("2d", [0, 1, {"kind": "top_p", "columns": 4}], ["picks single keys"]),
+        ("2d", [0, 1, {"kind": "a_shape", "density": 0.1}], ["a cap of its own"]),
         ("2d", [0, 1, {"kind": "vertical_slash"}], ["picks single keys"]),
         ("q", [0, -1, {"kind": "sf_fixed"}], ["picks single keys"]),
         ("2d", [0, 1, {"kind": "grid"}], ["grid", "an order of its own", "'a_shape'"]),

@@ -283,6 +283,19 @@ def test_density_is_what_is_computed_over_the_tiles_of_raster_order(case: PlanCa
         assert made.stats.density[b, p].item() == pytest.approx(computed / max(1, causal[b]))
 
 
+@few
+@given(every_kind, some_density, st.one_of(st.none(), some_density, st.just(1.0)))
+def test_the_cap_of_a_pattern_is_that_of_the_plan_where_it_is_smaller(
+    case: PlanCase, cap: float, whole: float | None
+) -> None:
+    own = replace(case, patterns=tuple(replace(pattern, density=cap) for pattern in case.patterns)).plan(whole)
+    together = case.plan(whole if whole == 1.0 else min(cap, whole or 1.0))
+    for b, p, _ in rows(case, own):
+        assert np.array_equal(own.listed[b, p], together.listed[b, p])
+        assert torch.equal(own.plan.counts[b, p], together.plan.counts[b, p])
+    assert torch.equal(own.stats.density, together.stats.density)
+
+
 def raster_tiles(case: PlanCase) -> list[int]:
     """Tiles that dense attention computes in raster order, of each batch row."""
     dense = replace(case, patterns=(HeadPattern(),)).plan(1.0).listed[:, 0]
@@ -529,6 +542,9 @@ def test_a_capped_list_has_no_room_for_every_tile() -> None:
     every, capped, _ = (plan_shapes(1, 2**20, 2**20, 0, False, False, patterns, cap)[3] for cap in (None, 0.05, 1.0))
     assert every == (1, 1, 2**26)
     assert capped[2] < 0.05 / 2 * every[2] + 3 * TILE * 2**13
+    own = [HeadPattern("top_p", density=0.05), HeadPattern("grid", density=0.02)]
+    assert plan_shapes(1, 2**20, 2**20, 0, False, False, encode(own), None)[3] == (1, 2, capped[2])
+    assert plan_shapes(1, 2**20, 2**20, 0, False, False, encode([*own, HeadPattern()]), None)[3][2] == 2**26
     assert (
         plan_shapes(1, 2**20, 2**20, 0, False, True, patterns, 0.05)[3][2] > 0.05 * every[2]
     )  # a span may hold everything

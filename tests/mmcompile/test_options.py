@@ -1,11 +1,9 @@
-"""Options and pattern tables: what is refused, and how it is said."""
-
-import json
+"""Options: what is refused, and how it is said."""
 
 import pytest
 import torch
 
-from mmcompile import HeadPattern, OptionError, Options, PatternTable
+from mmcompile import OptionError, Options
 
 
 @pytest.mark.parametrize(
@@ -40,42 +38,9 @@ def test_equal_options_are_equal_so_that_nothing_recompiles():
     assert Options.parse(None) == Options()
 
 
-def test_a_table_survives_its_file(tmp_path):
-    path = tmp_path / "table.json"
-    table = PatternTable.of([[HeadPattern("a_shape", 1, 64), HeadPattern()], [HeadPattern("tri_shape"), HeadPattern()]])
-    table.save(path)
-    assert PatternTable.load(path) == table
-    assert Options(patterns=str(path)).head_patterns == table.layers
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("not json", "not JSON"),
-        (json.dumps({"format": "other"}), 'no "format": "mmcompile.PatternTable" in it'),
-        (
-            json.dumps({"format": "mmcompile.PatternTable", "version": 9}),
-            "has version 9; this release reads 1",
-        ),
-        (
-            json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": 3}),
-            "must be a list of lists",
-        ),
-        (
-            json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": [[{"kind": "b_shape"}]]}),
-            "layer 0: kind='b_shape'",
-        ),
-        (
-            json.dumps({"format": "mmcompile.PatternTable", "version": 1, "layers": [[{"kind": "dense"}], []]}),
-            "layer 1 has 0 heads, layer 0 has 1",
-        ),
-    ],
-)
-def test_a_file_that_is_no_table_is_refused_with_the_reason(tmp_path, content, message):
-    path = tmp_path / "table.json"
-    path.write_text(content)
-    with pytest.raises(OptionError, match=message):
-        Options(patterns=str(path))
+def test_a_path_that_holds_no_table_is_one_clear_error(tmp_path):
+    with pytest.raises(OptionError, match='neither "auto" nor a readable pattern table'):
+        Options(patterns=str(tmp_path / "missing.json"))
 
 
 def test_the_backend_refuses_bad_options_in_one_line_before_anything_runs():

@@ -1,0 +1,1 @@
+"""The offline search for head patterns; `mmcompile.search` is its entry."""

@@ -1,0 +1,185 @@
+"""The search of one layer: every candidate alone, then each modality its own, then each pair of modalities."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.pattern_search.equal_time import LEVELS, WANTED, Costs, Sized, cost_class
+from mmcompile.pattern_search.score import LayerAttention, Score
+
+Heads = tuple[HeadPattern, ...]
+_NOT_IN_PAIRS = ("columns", "vertical_slash", "sf_fixed")  # they pick single keys
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A pattern for each head of a layer, and what came of it: each a figure a head."""
+
+    patterns: Heads
+    ms: tuple[float, ...]
+    density: tuple[float, ...]
+    error: tuple[float, ...]
+    recall: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form, one pattern where all heads have the same."""
+        patterns = [pattern.to_dict() for pattern in self.patterns]
+        return vars(self) | {"patterns": patterns[:1] if len(set(self.patterns)) == 1 else patterns}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
+        figures = {name: tuple(values[name]) for name in ("ms", "density", "error", "recall")}
+        patterns = tuple(HeadPattern.from_dict(pattern) for pattern in values["patterns"])
+        heads = len(figures["error"])
+        return cls(patterns * heads if len(patterns) == 1 else patterns, **figures)
+
+
+def search_layer(attention: LayerAttention, costs: Costs) -> list[Evaluation]:
+    """Everything that was tried and is the best of its cost for some head.
+
+    In the paper's order (section 3.3): within each modality, then each pair, then the kinds of boundary against each
+    other, which is for the fronts to say. Errors of patterns with a boundary are known for the queries of each modality
+    after one run, so that the best of each modality need no run of their own.
+    """
+    search = _LayerSearch(attention, costs)
+    search.whole()
+    if len(attention.modalities) > 1:
+        grouped = costs.at(WANTED)
+        for_queries = search.best_of_modalities([one for one in grouped if one.pattern.boundary == "q"])
+        for_pairs = search.best_of_pairs([one for one in grouped if one.pattern.boundary == "2d"])
+        search.other_levels([*for_queries, *for_pairs])
+    return on_fronts(search.found)
+
+
+def replay(attention: LayerAttention, evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """The same patterns on another sample. Costs stay those of the first."""
+    pending = [(one, attention.score(one.patterns)) for one in evaluations]
+    scores = [(one, score.read()) for one, score in pending]
+    return [replace(one, density=s.density, error=s.error, recall=s.recall) for one, s in scores]
+
+
+def on_fronts(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those that some head has on its Pareto front."""
+    kept = set()
+    for head in range(len(evaluations[0].error)):
+        cost_and_error = [(one.ms[head], one.error[head]) for one in evaluations]
+        least = float("inf")
+        for index in sorted(range(len(evaluations)), key=cost_and_error.__getitem__):
+            if evaluations[index].error[head] < least:
+                least = evaluations[index].error[head]
+                kept.add(index)
+    return [evaluations[index] for index in sorted(kept)]
+
+
+class _LayerSearch:
+    def __init__(self, attention: LayerAttention, costs: Costs) -> None:
+        self.attention, self.costs = attention, costs
+        self.found: list[Evaluation] = []
+        self.scores: dict[Sized, Score] = {}
+
+    def whole(self) -> None:
+        """Every candidate at every level, in all heads."""
+        pending = [(one, self.attention.score(one.pattern)) for one in self.costs.sized]
+        for one, score in pending:
+            self.scores[one] = score.read()
+            density = self.scores[one].density
+            self._keep((one.pattern,) * self.attention.heads, self.scores[one], self.costs.of_sized(one, density))
+
+    def best_of_modalities(self, candidates: Sequence[Sized]) -> list[Heads]:
+        """Of patterns that group the queries: each modality with its best, for each order."""
+        made = []
+        for group in _by_orders(candidates):
+            main = max(self.attention.modalities, key=lambda kind: self.attention.tokens_of[kind])
+            heads = []
+            for head in range(self.attention.heads):
+                best = {
+                    kind: min(group, key=lambda one: self.scores[one].by_modality[head][kind]).pattern
+                    for kind in self.attention.modalities
+                }
+                pairs = {(kind, -1): pattern for kind, pattern in best.items()}
+                heads.append(self._joined(best[main], pairs))
+            made.append(tuple(heads))
+        self._try(made)
+        return made
+
+    def best_of_pairs(self, candidates: Sequence[Sized]) -> list[Heads]:
+        """Of patterns that group queries and keys: each pair of modalities with its best, one pair after the other."""
+        made = []
+        for group in _by_orders(candidates):
+            start = [
+                min(group, key=lambda one: self.scores[one].error[head]).pattern for head in range(self.attention.heads)
+            ]
+            pairs: list[dict[tuple[int, int], HeadPattern]] = [{} for _ in start]
+            now = tuple(self._joined(pattern, {}) for pattern in start)
+            least = self._try([now])[0].error
+            for query in self.attention.modalities:
+                for key in self.attention.modalities:
+                    trials = [
+                        tuple(
+                            self._joined(pattern, own | {(query, key): one.pattern})
+                            for pattern, own in zip(start, pairs, strict=True)
+                        )
+                        for one in group
+                    ]
+                    tried = self._try([trial for trial in trials if trial != now])
+                    errors = list(least)
+                    for trial in tried:
+                        for head, error in enumerate(trial.error):
+                            if error < errors[head]:
+                                errors[head] = error
+                                pairs[head] = _pairs_of(trial.patterns[head])
+                    now = tuple(self._joined(pattern, own) for pattern, own in zip(start, pairs, strict=True))
+                    least = tuple(errors)
+            made.append(now)
+        return made
+
+    def other_levels(self, made: Sequence[Heads]) -> None:
+        """What was put together, at the other levels."""
+        self._try(
+            [
+                tuple(replace(pattern, density=self.costs.cap(pattern, level)) for pattern in heads)
+                for level in range(len(LEVELS))
+                for heads in made
+                if level != WANTED
+            ]
+        )
+
+    def _joined(self, pattern: HeadPattern, pairs: Mapping[tuple[int, int], HeadPattern]) -> HeadPattern:
+        """A pattern with some of its pairs replaced, at the wanted time."""
+        own = _within(pattern)
+        others = tuple((*pair, _within(one)) for pair, one in sorted(pairs.items()) if _within(one) != own)
+        joined = replace(pattern, density=None, pairs=others)
+        return replace(joined, density=self.costs.cap(joined, WANTED))
+
+    def _try(self, made: Sequence[Heads]) -> list[Evaluation]:
+        pending = [(heads, self.attention.score(heads)) for heads in made]
+        tried = []
+        for heads, waiting in pending:
+            score = waiting.read()
+            tried.append(self._keep(heads, score, self.costs.of_heads(heads, score.density)))
+        return tried
+
+    def _keep(self, heads: Heads, score: Score, ms: tuple[float, ...]) -> Evaluation:
+        self.found.append(Evaluation(heads, ms, score.density, score.error, score.recall))
+        return self.found[-1]
+
+
+def _by_orders(candidates: Iterable[Sized]) -> list[list[Sized]]:
+    """Candidates that may be pairs of one pattern: of whole tiles, and in the same orders."""
+    groups = defaultdict(list)
+    for one in candidates:
+        pattern = one.pattern
+        if pattern.kind not in _NOT_IN_PAIRS and not pattern.columns and pattern.order != "auto":
+            groups[pattern.orders, cost_class(pattern)].append(one)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _within(pattern: HeadPattern) -> HeadPattern:
+    """A pattern as one of a pair."""
+    return replace(pattern, boundary="none", density=None, pairs=())
+
+
+def _pairs_of(pattern: HeadPattern) -> dict[tuple[int, int], HeadPattern]:
+    return {(query, key): replace(one, boundary=pattern.boundary) for query, key, one in pattern.pairs}
