@@ -117,7 +117,8 @@ def schedule(
         fields = put_field(fields, FULL, full, entry)
         fields = put_field(fields, TILE_STEPS, tile_steps, entry)
         fields = put_field(fields, STEPS, steps, entry)
-        fields = put_field(fields, FIRST_COLUMN, gl.where(single > 0, first_column, NOWHERE), entry)
+        if COLUMNS:
+            fields = put_field(fields, FIRST_COLUMN, gl.where(single > 0, first_column, NOWHERE), entry)
         turn_slot = turn % QUERIES
         wait_empty(query_empty, turn, QUERIES)
         if ORDERED:

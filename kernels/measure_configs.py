@@ -52,9 +52,9 @@ SHAPES = {
     ),
 }
 # Tiles of the walk: a query tile lists FULL tiles, the one on the diagonal, and COLUMNS keys of the first tile.
-QUERY_TILES, FULL, COLUMNS = 16, 12, 64
-KEY_TILES = 2 * QUERY_TILES
-COPIES, MOST_HEADS = 4, 192  # of keys, and of queries: programs enough to keep all multiprocessors busy to the end
+QUERY_TILES, FULL, COLUMNS = 32, 12, 64
+KEY_TILES = QUERY_TILES + FULL + 1
+GROUP, MOST_GROUPS = 8, 8  # heads that share a copy of the keys, as models have it
 log = logging.getLogger(__name__)
 
 # Fills an output [B, Sq, H, D]: arguments of `block_sparse.launch`, and the compiled kernel comes back.
@@ -129,7 +129,7 @@ class _Walk:
     """Random heads, and the walk over them."""
 
     query: Tensor  # [1, H, QUERY_TILES * TILE, D], the same for each head
-    key: Tensor  # [1, COPIES, KEY_TILES * TILE, D]
+    key: Tensor  # [1, H // GROUP, KEY_TILES * TILE, D]
     value: Tensor
     output: Tensor  # [1, QUERY_TILES * TILE, H, D]
     walk: TileWalk
@@ -138,11 +138,13 @@ class _Walk:
     def on(cls, device: torch.device, dtype: torch.dtype, padded: int) -> "_Walk":
         draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
         queries, keys = QUERY_TILES * TILE, KEY_TILES * TILE
-        a_head, a_copy = (rows * padded * dtype.itemsize for rows in (queries, 2 * keys))
-        heads = min(MOST_HEADS, (MEBIBYTES * 2**20 - COPIES * a_copy) // a_head // COPIES * COPIES)
+        a_row = padded * dtype.itemsize
+        a_group = (GROUP * queries + 2 * keys) * a_row
+        groups = min(MOST_GROUPS, (MEBIBYTES * 2**20 - queries * a_row) // a_group)
+        heads = groups * GROUP
+        query = draw(1, 1, queries, padded).expand(1, heads, -1, -1)  # once, which leaves room for more programs
+        key, value = (draw(1, groups, keys, padded) for _ in "kv")
         output = torch.empty(1, queries, heads, padded, device=device, dtype=dtype)
-        query = draw(1, 1, queries, padded).expand(1, heads, -1, -1)  # once, for room for more programs
-        key, value = (draw(1, COPIES, keys, padded) for _ in "kv")
         return cls(query, key, value, output, synthetic_walk(heads, device))
 
     def spills(self, run: Run, config: Config) -> int:
@@ -186,7 +188,7 @@ def synthetic_walk(heads: int, device: torch.device) -> TileWalk:
         torch.arange(COLUMNS, dtype=torch.int32, device=device).view(1, 1, -1),
         (key_position >= COLUMNS).view(1, 1, -1).to(device),
         head_plan=(0,) * heads,
-        key_head=tuple(head * COPIES // heads for head in range(heads)),
+        key_head=tuple(head // GROUP for head in range(heads)),
         window=None,
         segments=False,
         spans=False,
