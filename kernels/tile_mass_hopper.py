@@ -124,28 +124,29 @@ def _log_mass_kernel(
     query_empty = make_barriers(QUERIES, GROUPS + 1)
     key_full = make_barriers(STAGES, 1)
     key_empty = make_barriers(STAGES, BLOCK_M // GROUP)
+    turns = make_barriers(GROUPS, 1)
     key_tiles = gl.cdiv(key_length, TILE)
     # Constants in a variable would become numbers known at run time, so the arguments are written out.
     gl.warp_specialize(
         [
             (sum_first, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
                 BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (sum_second, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
                 BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (sum_third, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
                 BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (sum_fourth, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
                 BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (fetch, (
