@@ -63,8 +63,6 @@ class Planned(NamedTuple):
             self.window,
             False,
             False,
-            0,
-            False,
             None if self.orders[0] == _RASTER else self.arrangement.query_order,
         )
 
@@ -103,14 +101,13 @@ def plan_attention(
     sizes = (batch, query_length, key_length, offset)
     mask: tuple[Any, ...] = (key_valid, None, None, None, None)
     data = (query, key) if searches else (None, None)
-    arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), 0, scale))
+    arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), scale))
     copies = KeyCopies.of(kv_heads, len(orders[1]))
     key = _in_orders(key, arrangement.key_order, copies, orders[1])
     data = (query, key) if any(pattern.needs_data for pattern in of_head) else (None, None)
     parts = (offset, scale, window, False, False)
-    budget = (density, recall, 0)
     *lists, planned, held = _OPS.plan(
-        *data, *arrangement, *boundaries, *parts, encode(rows.patterns), rows.heads, *budget
+        *data, *arrangement, *boundaries, *parts, encode(rows.patterns), rows.heads, density, recall
     )
     return Planned(arrangement, TilePlan(*lists), planned, held, rows, orders, copies, key, scale, window)
 
