@@ -1,6 +1,12 @@
-"""Which kernel attends to a plan on a device, in words, for reports."""
+"""Which kernel attends to a plan on a device, in words for reports, and from how many keys on it pays to make one."""
 
 import torch
+
+# Keys from which a prefill was measured to be faster sparse than dense: "auto" at its cap, on random weights, which are
+# its worst case. By `bench prefill` on an H200 (docs/figures/prefill.json), and with the portable kernel there
+# (docs/figures/prefill_auto.json), which stands for what was not measured.
+SPARSE_FROM_HOPPER = 32768
+SPARSE_FROM = 32768
 
 
 def which_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -13,3 +19,12 @@ def which_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     if why_not is None:
         return f"the Hopper kernel (lists of over {hopper_support.MOST_COLUMNS:,} single keys on the portable one)"
     return f"the portable kernel ({why_not})"
+
+
+def sparse_from(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """The number of keys from which a sparse prefill was measured to be faster there than a dense one."""
+    if device.type == "cpu":
+        return SPARSE_FROM
+    from mmcompile.kernels import hopper_support
+
+    return SPARSE_FROM_HOPPER if hopper_support.why_not(device, dtype, head_dim) is None else SPARSE_FROM

@@ -64,7 +64,7 @@ def run_passes(
     *,
     density: float | None = None,
     recall: float | None = None,
-    min_tokens: int = 0,
+    min_tokens: int | None = 0,
     disable: Sequence[str] = (),
     search_strides: bool = True,
 ) -> Rewritten:
@@ -79,7 +79,7 @@ def run_passes(
     decisions = decide(find_attention(copy), patterns, min_tokens)
     records = (*(decision.record for decision in decisions), *map(record_unread, find_unread(copy)))
     sparse = tuple(decision for decision in decisions if decision.record.sparse)
-    short = _short_form(module, decisions, min_tokens)
+    short = _short_form(module, decisions)
     made_dense = dense_attention(copy, [one for one in decisions if one.record.reason is Reason.TOO_SHORT])
     if not sparse:
         copy.recompile()
@@ -99,8 +99,9 @@ def run_passes(
     return Rewritten(copy, records, sparse, boundaries, recall, short)
 
 
-def _short_form(module: fx.GraphModule, decisions: Sequence[Decision], min_tokens: int) -> ShortForm | None:
+def _short_form(module: fx.GraphModule, decisions: Sequence[Decision]) -> ShortForm | None:
     length = shared_length(decisions)
+    min_tokens = max((decision.sparse_from for decision in decisions if decision.record.sparse), default=0)
     tokens = None if length is None else hint(length)
     if length is None or tokens is None or statically_known_true(length >= min_tokens):
         return None

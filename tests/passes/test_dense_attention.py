@@ -109,3 +109,11 @@ def test_one_dense_site_may_be_anothers_query():
     module = run_passes(capture(Chain(), x), HeadPattern(), min_tokens=1000).module
     assert op_count(module, REPEAT) == 4
     torch.testing.assert_close(module(x)[0], Chain()(x))
+
+
+def test_where_no_length_is_given_the_measured_one_of_the_kernel_counts(monkeypatch):
+    monkeypatch.setattr("mmcompile.passes.decide.sparse_from", lambda device, dtype, head_dim: head_dim * 20)
+    module = capture(Two(), heads_of_one(), dynamic=True)
+    assert run_passes(module, HeadPattern(), min_tokens=None).short.min_tokens == 16 * 20
+    (record, _) = run_passes(capture(Two(), heads_of_one()), HeadPattern(), min_tokens=None).records
+    assert (record.reason, record.detail) == (Reason.TOO_SHORT, "300 tokens, sparse from 320 (option min_tokens)")
