@@ -161,7 +161,7 @@ class Example:
         else:
             print(
                 "Next: --video and --density of your own; in your own code mmcompile.compile(model) before the first "
-                "prefill. Its min_tokens, 0 here, leaves prompts under 32768 tokens dense by default."
+                "prefill. Its min_tokens, 0 here, leaves short prompts dense by default."
             )
 
 

@@ -57,7 +57,6 @@ def arrange(
     key_length: int,
     query_offset: int,
     orders: str,
-    min_tokens: int,
     scale: float | None = None,
 ) -> Arrangement:
     """The orders that `orders` (from `encode_orders`) names.
@@ -71,7 +70,6 @@ def arrange(
         where the mask has no such part. With tags.py's element mask they say what is allowed. A span is
         contiguous.
     query_offset: position of the first query among the keys.
-    min_tokens: shorter key lengths get raster orders; attention then runs dense.
     scale: of the scores in which a stride is searched; 1/sqrt(D) when None.
 
     Raises ValueError naming the argument, its value, and what would be right.
@@ -83,8 +81,6 @@ def arrange(
     _require_pair("span", query_span, key_span)
     query_orders, key_orders = decode_orders(orders)
     device = offsets.device
-    if key_length < min_tokens:
-        query_orders, key_orders = (Order(),) * len(query_orders), (Order(),) * len(key_orders)
     tokens = TokenSites.of(offsets, modality, grid, batch, query_length)
     strides = _searched_strides(query, key, tokens, query_offset, scale, {*query_orders, *key_orders})
     of_query, of_key = [], []

@@ -65,7 +65,6 @@ class Planned(NamedTuple):
             self.window,
             self.segments,
             self.spans,
-            0,
             False,
             None if self.orders[0] == _RASTER else self.arrangement.query_order,
         )
@@ -108,14 +107,13 @@ def plan_attention(
     sizes = (batch, query_length, key_length, offset)
     mask = (key_valid, *(segments or (None, None)), *(spans or (None, None)))
     data = (query, key) if searches else (None, None)
-    arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), 0, scale))
+    arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), scale))
     copies = KeyCopies.of(kv_heads, len(orders[1]))
     key = _in_orders(key, arrangement.key_order, copies, orders[1])
     data = (query, key) if any(pattern.needs_data for pattern in of_head) else (None, None)
     parts = (offset, scale, window, segments is not None, spans is not None)
-    budget = (density, recall, 0)
     *lists, planned, held = _OPS.plan(
-        *data, *arrangement, *boundaries, *parts, encode(rows.patterns), rows.heads, *budget
+        *data, *arrangement, *boundaries, *parts, encode(rows.patterns), rows.heads, density, recall
     )
     results = (arrangement, TilePlan(*lists), planned, held, rows, orders, copies, key)
     return Planned(*results, scale, window, segments is not None, spans is not None)

@@ -15,21 +15,19 @@ from mmcompile.kernels import arrange as arranging
 from mmcompile.kernels import block_sparse_cpu, permute_cpu
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels.check_inputs import check_attention, check_permute, check_unpermute
-from mmcompile.kernels.dense_attention import causal_attention, dense_attention
 from mmcompile.kernels.tile_walk import TileWalk
 
 _ARRANGE = (
     "(Tensor? query, Tensor? key, Tensor offsets, Tensor modality, Tensor grid, Tensor? key_valid, "
     "Tensor? query_segment, Tensor? key_segment, Tensor? query_span, Tensor? key_span, SymInt batch, "
-    "SymInt query_length, SymInt key_length, SymInt query_offset, str orders, SymInt min_tokens, "
-    "float? scale=None) -> "
+    "SymInt query_length, SymInt key_length, SymInt query_offset, str orders, float? scale=None) -> "
     "(Tensor query_order, Tensor key_order, Tensor query_tags, Tensor key_tags, Tensor query_site, Tensor key_site)"
 )
 _PLAN = (
     "(Tensor? query, Tensor? key, Tensor query_order, Tensor key_order, Tensor query_tags, Tensor key_tags, "
     "Tensor query_site, Tensor key_site, Tensor offsets, Tensor modality, Tensor grid, SymInt query_offset, "
-    "float scale, int? window, bool segments, bool spans, str patterns, int[] heads, float? density, float? recall, "
-    "SymInt min_tokens) -> (Tensor query_row, Tensor key_row, Tensor counts, Tensor tiles, Tensor columns, "
+    "float scale, int? window, bool segments, bool spans, str patterns, int[] heads, float? density, float? recall) "
+    "-> (Tensor query_row, Tensor key_row, Tensor counts, Tensor tiles, Tensor columns, "
     "Tensor cold, Tensor density, Tensor recall)"
 )
 _PERMUTE = "(Tensor x, Tensor order, Tensor? rows, int[] source_head, int[] row) -> Tensor"
@@ -37,8 +35,7 @@ _UNPERMUTE = "(Tensor x, Tensor order, Tensor? rows, int[] row) -> Tensor"
 _ATTENTION = (
     "(Tensor query, Tensor key, Tensor value, Tensor query_tags, Tensor key_tags, Tensor query_row, Tensor key_row, "
     "Tensor counts, Tensor tiles, Tensor columns, Tensor cold, int[] head_plan, int[] key_head, float scale, "
-    "int? window, bool segments, bool spans, SymInt min_tokens, bool only_causal=False, Tensor? query_order=None) -> "
-    "Tensor"
+    "int? window, bool segments, bool spans, Tensor? query_order=None) -> Tensor"
 )
 
 _DEVICES = ("cpu", "cuda")
@@ -61,7 +58,6 @@ def arrange(
     key_length: int,
     query_offset: int,
     orders: str,
-    min_tokens: int,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`kernels/arrange.py`'s arrangement: orders of queries and keys, and their tags and sites in them."""
@@ -81,7 +77,6 @@ def arrange(
         key_length,
         query_offset,
         orders,
-        min_tokens,
         scale,
     )
 
@@ -89,7 +84,7 @@ def arrange(
 @arrange.register_fake
 def _(
     query, key, offsets, modality, grid, key_valid, query_segment, key_segment, query_span, key_span,
-    batch, query_length, key_length, query_offset, orders, min_tokens, scale=None,
+    batch, query_length, key_length, query_offset, orders, scale=None,
 ):  # fmt: skip
     shapes = arranging.arrangement_shapes(batch, query_length, key_length, orders)
     return tuple(offsets.new_empty(shape, dtype=torch.int32) for shape in shapes)
@@ -117,7 +112,6 @@ def plan(
     heads: Sequence[int],
     density: float | None,
     recall: float | None,
-    min_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`kernels/plan.py`'s plan of an arrangement, and its density and estimated recall, float32 [B, P] each."""
     arrangement = arranging.Arrangement(query_order, key_order, query_tags, key_tags, query_site, key_site)
@@ -137,7 +131,6 @@ def plan(
         heads,
         density,
         recall,
-        min_tokens,
     )
     return *result, *stats
 
@@ -145,7 +138,7 @@ def plan(
 @plan.register_fake
 def _(
     query, key, query_order, key_order, query_tags, key_tags, query_site, key_site, offsets, modality, grid,
-    query_offset, scale, window, segments, spans, patterns, heads, density, recall, min_tokens,
+    query_offset, scale, window, segments, spans, patterns, heads, density, recall,
 ):  # fmt: skip
     batch, _, query_length = query_order.shape
     shapes = planning.plan_shapes(
@@ -213,31 +206,24 @@ def block_sparse_attention(
     window: int | None,
     segments: bool,
     spans: bool,
-    min_tokens: int,
-    only_causal: bool = False,
     query_order: Tensor | None = None,
 ) -> Tensor:
     """softmax(query key^T * scale) value over the tiles and single keys that a plan lists; 0 where a row has no key.
 
     query: [B, H, Sq, D], key and value: [B, C, Sk, D], bfloat16, float16 or float32, any strides, in the slot
         order of their plan rows. Products accumulate in float32.
-    query_order: None, or int32 [B, Oq, Sq] from `arrange` with the same min_tokens: then queries and result lie in
+    query_order: None, or int32 [B, Oq, Sq] from `arrange`: then queries and result lie in
         token order instead, as `permute` before and `unpermute` after would have it.
     query_tags, key_tags: from `arrange`. query_row, key_row, counts, tiles, columns, cold: from `plan`, the op.
     window, segments, spans: the parts of the element mask.
     head_plan: the plan row of each of the H heads. key_head: the copy of its keys in the first key order; the others
         follow it.
-    min_tokens: as given to `plan`; a shorter key length runs dense, with the element mask.
-    only_causal: the element mask is known to be key <= query and nothing else, so that dense needs no mask.
     Returns [B, H, Sq, D] in [B, Sq, H, D] memory.
     Raises ValueError naming the argument, its value, and what would be right.
     """
     lists = (query_tags, key_tags, query_row, key_row, counts, tiles, columns, cold)
     walk = TileWalk(*lists, tuple(head_plan), tuple(key_head), window, segments, spans)
     check_attention(query, key, value, walk, scale, query_order)
-    if key.shape[2] < min_tokens:
-        dense = causal_attention if only_causal else dense_attention
-        return dense(query, key, value, walk, scale)  # so short a prompt is arranged in token order
     return _executor(query.device).block_sparse_attention(query, key, value, walk, scale, query_order)
 
 

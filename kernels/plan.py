@@ -111,7 +111,6 @@ def plan(
     heads: Sequence[int],
     density: float | None,
     recall: float | None,
-    min_tokens: int,
 ) -> tuple[TilePlan, PlanStats]:
     """Which tiles of attention to compute, for each of the P plan rows.
 
@@ -125,7 +124,6 @@ def plan(
         query's nearest key stay, and of the rest the cap keeps what the pattern wants most. Where a pattern has a cap
         of its own the smaller holds.
     recall: what "top_p" covers of each query tile's attention within the cap, instead of the patterns' `mass`.
-    min_tokens: shorter key lengths get no tiles; attention then runs dense.
 
     Raises ValueError naming the argument, its value, and what would be right.
     """
@@ -136,8 +134,6 @@ def plan(
     device = arrangement.query_order.device
     result = empty_plan(batch, query_length, key_length, query_offset, segments, spans, patterns, density, device)
     stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
-    if key_length < min_tokens:
-        return _without_tiles(result), stats
     if any(pattern.needs_data or pattern.boundary == "2d" or pattern.pairs for pattern in rows):
         of_query = token_modality(offsets, modality, batch, query_length)
         of_key = of_keys(of_query, key_length, query_offset, 0)
@@ -402,14 +398,6 @@ def _tile_room(
     mandatory = TILE + groups * (max(pattern.sink for pattern in patterns) + 1)
     causal = torch.sym_max(every - unseen * (unseen + 1) // 2, 0)  # never negative, which a tracer cannot know
     return torch.sym_min(every, causal * math.ceil(density * 2**16) // 2**16 + query_tiles * mandatory)
-
-
-def _without_tiles(result: TilePlan) -> TilePlan:
-    """The first orders, no tiles."""
-    for tensor in result:
-        tensor.zero_()
-    result.tiles.fill_(-1)
-    return result
 
 
 def _require(

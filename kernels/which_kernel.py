@@ -1,6 +1,12 @@
-"""Which kernel attends to a plan on a device, and in which launch shape, in words, for reports."""
+"""Which kernel attends to a plan on a device, in which launch shape, and from how many keys on it pays to make one."""
 
 import torch
+
+# Keys from which a prefill was measured to be faster sparse than dense: "auto" at its cap, on random weights, which are
+# its worst case. By `bench prefill` on an H200 (docs/figures/prefill.json), and with the portable kernel there
+# (docs/figures/prefill_auto.json), which stands for what was not measured.
+SPARSE_FROM_HOPPER = 32768
+SPARSE_FROM = 32768
 
 
 def which_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -16,3 +22,12 @@ def which_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     if head_dim == 0:  # not known while tracing
         return f"the portable kernel ({why_not})"
     return f"the portable kernel ({why_not}; {choose_config.describe_config(device, dtype, head_dim)})"
+
+
+def sparse_from(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """The number of keys from which a sparse prefill was measured to be faster there than a dense one."""
+    if device.type == "cpu":
+        return SPARSE_FROM
+    from mmcompile.kernels import hopper_support
+
+    return SPARSE_FROM_HOPPER if hopper_support.why_not(device, dtype, head_dim) is None else SPARSE_FROM

@@ -13,6 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._logging import trace_structured
 
 from mmcompile import kernels
+from mmcompile.compile_later import CompiledLater
 from mmcompile.errors import UnsupportedSitesError
 from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
@@ -53,12 +54,23 @@ def mminference(
     if rewritten.boundaries is None:
         compiled = inner(rewritten.module, list(example_inputs))
         is_prefill = any(record.phase == "prefill" for record in rewritten.records)
-        return dense_prefill(compiled, module) if is_prefill else compiled
+        return dense_prefill(compiled, module, rewritten.records) if is_prefill else compiled
     inputs = [*example_inputs, *rewritten.boundaries.examples]
+    sparse, short = partial(_compile_sparse, inner), rewritten.short
+    if short is None:
+        return CompiledPrefill(sparse(rewritten.module, inputs), rewritten)
+    # Whoever runs short prompts alone, or long ones, waits for one compilation.
+    if short.now:
+        dense = inner(short.module, list(example_inputs))
+        return CompiledPrefill(CompiledLater(sparse, rewritten.module), rewritten, dense)
+    return CompiledPrefill(sparse(rewritten.module, inputs), rewritten, CompiledLater(inner, short.module))
+
+
+def _compile_sparse(inner: CompiledFunction, module: fx.GraphModule, inputs: list[Any]) -> CompiledFunction:
     # Inductor's caches on disk know our ops by name alone; code compiled for another version must not be found.
     tag = f"{torch.compiler.config.cache_key_tag}mmcompile-{_kernels_digest()}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        return CompiledPrefill(inner(rewritten.module, inputs), rewritten)
+        return inner(module, inputs)
 
 
 @lru_cache
@@ -77,8 +89,10 @@ def _inner_compiler(name: str, mode: str | None, why_no_cuda_graph: str | None) 
     patches = {} if mode is None else torch._inductor.list_mode_options(mode)
     # A mode turns CUDA graphs on, or the user's own configuration.
     recorded = patches.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
-    if recorded and why_no_cuda_graph is not None:
-        log.info("left out of CUDA graphs: %s", why_no_cuda_graph)
+    if why_no_cuda_graph is not None:
+        if recorded:
+            log.info("left out of CUDA graphs: %s", why_no_cuda_graph)
+        # In any case: what is compiled later may find another configuration.
         patches = patches | {"triton.cudagraphs": False}
     return partial(compiler, config_patches=patches) if patches else compiler
 

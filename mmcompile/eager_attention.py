@@ -21,6 +21,7 @@ from mmcompile.errors import OptionError
 from mmcompile.kernels.attend import sparse_attention
 from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.kernels.which_kernel import SPARSE_FROM
 from mmcompile.modality import bound_tensors, unknown_boundaries
 from mmcompile.options import Options
 from mmcompile.prefill import DenseSite, SparseSite, keep_site
@@ -39,10 +40,10 @@ def register_attention(name: str = "mminference", **options: Any) -> None:
     options: `patterns`, `density`, `recall` and `min_tokens`, as in `Options`. They belong to the name: others go
     under another name, and registering a name again replaces them for every model that uses it.
 
-    A causal prefill of at least `min_tokens` keys runs sparse; decode steps, vision towers, training, dropout and masks
-    that are more than causal, sliding window and padding run as transformers' own "sdpa". Boundaries are those of
-    `mmcompile.bind`, else one segment of unknown kind. `mmcompile.stats` tells of each attention of the last prefill,
-    and why it ran as "sdpa" if it did. Under `torch.compile` it is "sdpa", which the backend rewrites.
+    A causal prefill of at least `min_tokens` keys, 32768 by default, runs sparse; decode steps, towers, training,
+    dropout and masks that are more than causal, sliding window and padding run as transformers' own "sdpa". Boundaries
+    are those of `mmcompile.bind`, else one segment of unknown kind. `mmcompile.stats` tells of each attention of the
+    last prefill, and why it ran as "sdpa" if it did. Under `torch.compile` it is "sdpa", which the backend rewrites.
 
     Raises OptionError for an option that is unknown or out of range, ValueError for a name that means something to
     transformers.
@@ -89,6 +90,7 @@ class _Attention:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self._min_tokens = SPARSE_FROM if options.min_tokens is None else options.min_tokens
 
     def mask(self, **arguments: Any) -> Tensor | _CausalMask | None:
         """transformers' mask entry: see `transformers.masking_utils.sdpa_mask`, whose arguments it takes."""
@@ -99,7 +101,7 @@ class _Attention:
             torch.compiler.is_compiling()
             or not all(isinstance(length, int) for length in lengths)
             or lengths[0] == 1
-            or lengths[1] < self._options.min_tokens
+            or lengths[1] < self._min_tokens
         ):
             return sdpa_mask(**arguments)
         try:

@@ -30,8 +30,8 @@ class Options:
         tile, which is dense attention; None leaves it to the patterns, and to "auto" a fifth.
     recall: share of the attention of each tile of queries that "auto" and "top_p" cover, within the cap, in (0, 1];
         None leaves it to the patterns: 0.95 where they do not say.
-    min_tokens: prefills with fewer keys run dense. At the default an H200 gains from "auto" even where it spends its
-        whole cap.
+    min_tokens: prefills with fewer keys run dense. None for the number from which "auto" was measured to be faster on
+        the kernel that runs, even where it spends its whole cap (`kernels/which_kernel.py`).
     strict: raise `UnsupportedSitesError` where an attention had to stay dense.
     inner: the backend that compiles the rewritten graph: "inductor", "aot_eager", "eager", or any other
         registered name.
@@ -41,7 +41,7 @@ class Options:
     patterns: str | HeadPattern | PatternTable = "auto"
     density: float | None = None
     recall: float | None = None
-    min_tokens: int = 32768
+    min_tokens: int | None = None
     strict: bool = False
     inner: str = "inductor"
     disable: tuple[str, ...] = ()
@@ -53,8 +53,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or not 0 < value <= 1):
                 raise OptionError(f"{name}={value!r}: must be a number in (0, 1], or None")
-        if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
-            raise OptionError(f"min_tokens={self.min_tokens!r}: must be an integer of at least 0")
+        least = self.min_tokens
+        if least is not None and (not isinstance(least, int) or isinstance(least, bool) or least < 0):
+            raise OptionError(f"min_tokens={least!r}: must be an integer of at least 0, or None")
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: must be True or False")
         others = set(list_backends(exclude_tags=())) - {"mminference"}

@@ -9,14 +9,18 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
 from mmcompile.kernels.patterns import HeadPattern, plan_rows
 from mmcompile.modality import ModalityBoundaries, bound_boundaries, bound_tensors, unknown_boundaries
+from mmcompile.passes.decide import CAUSAL_PREFILL, Reason, SiteRecord
 from mmcompile.passes.find_attention import AttentionSite
-from mmcompile.passes.graph import Size, fake_value, placeholders, same_size
+from mmcompile.passes.graph import Size, expression, fake_value, placeholders, same_size
 from mmcompile.passes.pipeline import Rewritten
 
 
@@ -46,8 +50,8 @@ class HeadStats:
 class SiteStats:
     """What one attention site did in the last prefill of its model.
 
-    density: the mean over its heads; 1.0 where the prefill was shorter than `min_tokens` and ran dense. dense: why an
-    attention of `register_attention` ran on torch's; it has no heads then.
+    density: the mean over its heads; 1.0 where it ran dense. dense: why it ran on torch's own attention, "too short"
+    where it had fewer keys than `min_tokens`; it has no heads then.
     """
 
     module_path: str
@@ -100,7 +104,7 @@ class SparseSite:
 
 @dataclass(frozen=True)
 class DenseSite:
-    """An attention of `register_attention` that ran on torch's, and why."""
+    """A prefill's attention that ran on torch's, and why."""
 
     module_path: str
     layer: int | None
@@ -158,11 +162,21 @@ class CallBoundaries:
 
 
 class CompiledPrefill:
-    """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls."""
+    """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls.
 
-    def __init__(self, compiled: Callable[..., Any], rewritten: Rewritten) -> None:
+    Where fewer keys come than `min_tokens`, the graph's short form serves, and none of this runs.
+    """
+
+    def __init__(
+        self, compiled: Callable[..., Any], rewritten: Rewritten, short: Callable[..., Any] | None = None
+    ) -> None:
+        """compiled: of `rewritten.module`. short: of the module in `rewritten.short`, if it has one."""
+        site = rewritten.sparse[0].site
         own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
-        self._compiled = compiled
+        self._compiled, self._short = compiled, short
+        self._key_length = _find_size(own, site.key_length)
+        self._min_tokens = 0 if rewritten.short is None else rewritten.short.min_tokens
+        self._dense_sites = _dense_sites(one for one in rewritten.records if one.reason in CAUSAL_PREFILL)
         self._sites = tuple(
             SparseSite(
                 one.record.module_path,
@@ -173,10 +187,14 @@ class CompiledPrefill:
             )
             for one in rewritten.sparse
         )
-        self._boundaries = CallBoundaries(own, rewritten.sparse[0].site)
+        self._boundaries = CallBoundaries(own, site)
         self._parameter = _find_parameter(own)
 
     def __call__(self, *inputs: Any) -> Any:
+        if self._short is not None and self._key_length is not None and self._key_length(inputs) < self._min_tokens:
+            if self._parameter is not None:
+                _last_prefills.keep(inputs[self._parameter], self._dense_sites, ())
+            return self._short(*inputs)
         outputs = self._compiled(*inputs, *self._boundaries.of(inputs))
         own = len(outputs) - 2 * len(self._sites)
         if self._parameter is not None:
@@ -184,15 +202,24 @@ class CompiledPrefill:
         return outputs[:own]
 
 
-def dense_prefill(compiled: Callable[..., Any], module: fx.GraphModule) -> Callable[..., Any]:
-    """A compiled graph of a prefill that was rewritten nowhere: `stats` has nothing of this model from then on."""
+def dense_prefill(
+    compiled: Callable[..., Any], module: fx.GraphModule, records: Sequence[SiteRecord]
+) -> Callable[..., Any]:
+    """A compiled graph of a prefill in which nothing is sparse: `stats` has of this model what was too short for it."""
     parameters = [index for index, node in enumerate(placeholders(module.graph)) if _is_parameter(node)]
+    sites = _dense_sites(record for record in records if record.reason is Reason.TOO_SHORT)
 
     def run(*inputs: Any) -> Any:
         _last_prefills.forget(inputs[index] for index in parameters)
+        if sites and parameters:
+            _last_prefills.keep(inputs[parameters[0]], sites, ())
         return compiled(*inputs)
 
     return run
+
+
+def _dense_sites(records: Iterable[SiteRecord]) -> tuple[DenseSite, ...]:
+    return tuple(DenseSite(record.module_path, record.layer, str(Reason.TOO_SHORT)) for record in records)
 
 
 def tells_boundaries(module: fx.GraphModule) -> bool:
@@ -222,16 +249,35 @@ def _find_positions(inputs: Sequence[fx.Node], batch: Size, length: Size) -> int
 
 
 def _find_size(inputs: Sequence[fx.Node], size: Size) -> Callable[[Sequence[Any]], int] | None:
-    """How to read a size from the graph's inputs at run time; None when no input has it."""
+    """How to read a size from the graph's inputs at run time; None when they do not tell it."""
     if isinstance(size, int):
         return lambda _: size
+    whole = expression(size)
+    read = _find_expression(inputs, whole)
+    if read is not None:
+        return read
+    # A cache and what is added to it, say: the parts are sizes of inputs.
+    symbols = sorted(whole.free_symbols, key=str)
+    found = [_find_expression(inputs, symbol) for symbol in symbols]
+    reads = [part for part in found if part is not None]
+    if len(reads) < max(len(found), 1):
+        return None
+
+    def evaluate(inputs: Sequence[Any]) -> int:
+        values = {symbol: read(inputs) for symbol, read in zip(symbols, reads, strict=True)}
+        return int(sympy_interp(PythonReferenceAnalysis, values, whole))
+
+    return evaluate
+
+
+def _find_expression(inputs: Sequence[fx.Node], wanted: sympy.Expr) -> Callable[[Sequence[Any]], int] | None:
     for index, node in enumerate(inputs):
         value = fake_value(node)
-        if isinstance(value, torch.SymInt) and same_size(value, size):
+        if isinstance(value, torch.SymInt) and expression(value) == wanted:
             return lambda inputs, index=index: int(inputs[index])  # type: ignore[misc]
         if isinstance(value, torch.Tensor):
             for dim, extent in enumerate(value.shape):
-                if same_size(extent, size):
+                if expression(extent) == wanted:
                     return lambda inputs, index=index, dim=dim: int(inputs[index].shape[dim])  # type: ignore[misc]
     return None
 

@@ -2,15 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
-from mmcompile.kernels.which_kernel import which_kernel
+from mmcompile.kernels.which_kernel import sparse_from, which_kernel
 from mmcompile.passes.confirm_mask import confirm_mask
 from mmcompile.passes.find_attention import AttentionSite, UnreadAttention
 from mmcompile.passes.graph import (
@@ -18,6 +19,7 @@ from mmcompile.passes.graph import (
     expression,
     fake_value,
     has_merged_heads,
+    hint,
     is_contiguous,
     same_size,
     settle_equal,
@@ -47,6 +49,9 @@ class Reason(StrEnum):
     def is_refusal(self) -> bool:
         """False where dense is what anybody would choose: decode steps and short prefills."""
         return self not in (Reason.SPARSE, Reason.DECODE, Reason.TOO_SHORT)
+
+
+CAUSAL_PREFILL = (Reason.SPARSE, Reason.TOO_SHORT)  # what would be sparse if it were long
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,12 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Decision:
-    """A site, its record, and what the rewrite needs where it becomes sparse."""
+    """A site, its record, and what the rewrite needs where it becomes sparse or is too short for that."""
 
     site: AttentionSite
     record: SiteRecord
-    mask: MaskSpec | None = None
+    mask: MaskSpec | None = None  # as read
+    sparse_from: int = 0  # keys; with fewer a prefill is too short
     patterns: tuple[HeadPattern, ...] = ()  # one a head; empty where dense
 
 
@@ -93,11 +99,37 @@ class _Refusal(Exception):
         self.reason, self.detail = reason, detail
 
 
-def decide(sites: Sequence[AttentionSite], patterns: Patterns, min_tokens: int) -> list[Decision]:
-    """One decision a site. A mask that several sites share is read once."""
+def decide(sites: Sequence[AttentionSite], patterns: Patterns, min_tokens: int | None) -> list[Decision]:
+    """One decision a site. A mask that several sites share is read once.
+
+    min_tokens: prefills with fewer keys are too short; None for what was measured where each site runs.
+    A length that is known only when the graph runs counts as long enough; `shared_length` says whether one number tells
+    for the whole graph then.
+    """
     masks: dict[Any, MaskSpec | OpaqueMask] = {}
     layers = _trusted_layers(sites, patterns)
-    return [_decide_site(site, sites, patterns, min_tokens, masks, layers) for site in sites]
+    decisions = [_decide_site(site, sites, patterns, min_tokens, masks, layers) for site in sites]
+    if shared_length(decisions) is not None:
+        return decisions
+    return [_settle_length(decision) for decision in decisions]
+
+
+def shared_length(decisions: Sequence[Decision]) -> Size | None:
+    """The number of keys that all sparse attentions of a graph have; None where they differ or none is sparse."""
+    lengths = [decision.site.key_length for decision in decisions if decision.record.sparse]
+    return lengths[0] if lengths and all(same_size(length, lengths[0]) for length in lengths) else None
+
+
+def _settle_length(decision: Decision) -> Decision:
+    """Decide a symbolic length for good: the tracer is told, and compiles anew for lengths on the other side."""
+    length, record, limit = decision.site.key_length, decision.record, decision.sparse_from
+    if not record.sparse or limit == 0 or hint(length) is None:
+        return decision
+    if length >= limit:
+        return replace(decision, record=replace(record, detail=f"{size_key(length)} is at least {limit}"))
+    detail = f"{size_key(length)} is less than {limit} (option min_tokens)"
+    short = replace(record, sparse=False, reason=Reason.TOO_SHORT, detail=detail, patterns=(), kernel="")
+    return replace(decision, record=short, patterns=())
 
 
 def record_unread(attention: UnreadAttention) -> SiteRecord:
@@ -123,7 +155,7 @@ def _decide_site(
     site: AttentionSite,
     sites: Sequence[AttentionSite],
     patterns: Patterns,
-    min_tokens: int,
+    min_tokens: int | None,
     masks: dict[Any, MaskSpec | OpaqueMask],
     layers: dict[AttentionSite, int],
 ) -> Decision:
@@ -137,15 +169,22 @@ def _decide_site(
         _require_lengths(site)
         mask = _site_mask(site, masks)
         _require_causal(mask)
-        if isinstance(site.key_length, int) and site.key_length < min_tokens:
-            detail = f"{site.key_length} tokens, sparse from {min_tokens} (option min_tokens)"
+        limit = _measured_limit(site) if min_tokens is None else min_tokens
+        if statically_known_true(site.key_length < limit):
+            detail = f"{size_key(site.key_length)} tokens, sparse from {limit} (option min_tokens)"
             raise _Refusal(Reason.TOO_SHORT, detail)
         heads = _head_patterns(site, patterns, layers)
     except _Refusal as refusal:
-        return Decision(site, _record(site, mask, refusal.reason, refusal.detail, ()))
+        record = _record(site, mask, refusal.reason, refusal.detail, ())
+        return Decision(site, record, mask if isinstance(mask, MaskSpec) else None)
     assert isinstance(mask, MaskSpec)
-    detail = "" if min_tokens == 0 else f"dense below {min_tokens} tokens (option min_tokens)"
-    return Decision(site, _record(site, mask, Reason.SPARSE, detail, heads), mask, heads)
+    detail = "" if limit == 0 else f"dense below {limit} tokens (option min_tokens)"
+    return Decision(site, _record(site, mask, Reason.SPARSE, detail, heads), mask, limit, heads)
+
+
+def _measured_limit(site: AttentionSite) -> int:
+    query = fake_value(site.query)
+    return sparse_from(query.device, query.dtype, _number(site.head_dim))
 
 
 def _require_supported(site: AttentionSite) -> None:

@@ -79,8 +79,13 @@ def settle_equal(left: Size, right: Size) -> bool:
     """
     if same_size(left, right):
         return True
-    known = [expression(size) if isinstance(size, int) else size.node.hint for size in (left, right)]
-    return None not in known and bool(known[0] == known[1]) and bool(left == right)
+    known = hint(left), hint(right)
+    return None not in known and known[0] == known[1] and bool(left == right)
+
+
+def hint(size: Size) -> int | None:
+    """A size in the call that the graph is compiled for; None where the data alone tells it."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def size_key(size: Size) -> str:
@@ -142,17 +147,39 @@ def erase_if_unused(graph: fx.Graph, roots: Iterable[fx.Node | None]) -> int:
     return erased
 
 
-def call(graph: fx.Graph, target: Callable[..., Any], arguments: Sequence[Any]) -> fx.Node:
+def call(graph: fx.Graph, target: Callable[..., Any], arguments: Sequence[Any], **options: Any) -> fx.Node:
     """Insert a call whose fake value is computed from its arguments' fake values."""
-    node = graph.call_function(target, tuple(arguments))
-    values = fx.map_arg(tuple(arguments), fake_value)
-    mode = _fake_mode(values)
+    node = graph.call_function(target, tuple(arguments), options)
+    values, named = fx.map_arg((tuple(arguments), options), fake_value)
+    mode = _fake_mode((*values, *named.values()))
     if mode is None:
-        set_fake_value(node, target(*values))
+        set_fake_value(node, target(*values, **named))
     else:
         with mode:
-            set_fake_value(node, target(*values))
+            set_fake_value(node, target(*values, **named))
     return node
+
+
+def replace_attention(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
+    """Put `new` [B, H, S, D] in the place of `old`, in the memory layout that its users were traced with.
+
+    Returns what stands there now. Each copy is one more pass over the output; most models merge their heads next, and
+    were traced with the layout that attention returns by itself.
+    """
+    if not has_merged_heads(fake_value(old)):
+        new = call(graph, torch.ops.aten.contiguous.default, (new,))
+    elif not has_merged_heads(fake_value(new)):
+        merged = call(graph, torch.ops.aten.transpose.int, (new, 1, 2))
+        merged = call(graph, torch.ops.aten.contiguous.default, (merged,))
+        new = call(graph, torch.ops.aten.transpose.int, (merged, 1, 2))
+    new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
+    new.meta["stack_trace"] = old.meta.get("stack_trace")
+    operands = old.all_input_nodes
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    # The repeated keys and values, too large to keep for nothing; masks are shared and go last.
+    erase_if_unused(graph, operands)
+    return new
 
 
 def _fake_mode(values: Sequence[Any]) -> Any:

@@ -2,16 +2,27 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
-from mmcompile.passes.decide import Decision, Patterns, SiteRecord, decide, record_unread
+from mmcompile.passes.decide import (
+    CAUSAL_PREFILL,
+    Decision,
+    Patterns,
+    Reason,
+    SiteRecord,
+    decide,
+    record_unread,
+    shared_length,
+)
+from mmcompile.passes.dense_attention import dense_attention
 from mmcompile.passes.find_attention import find_attention, find_unread
 from mmcompile.passes.fold_permutations import fold_permutations
-from mmcompile.passes.graph import copy_graph, fake_value, output_node
+from mmcompile.passes.graph import copy_graph, fake_value, hint, output_node
 from mmcompile.passes.rewrite_attention import Budget, rewrite_attention
 
 log = logging.getLogger(__name__)
@@ -20,12 +31,23 @@ PASS_NAMES = ("fold_permutations",)  # the passes that `disable` may name
 
 
 @dataclass(frozen=True)
+class ShortForm:
+    """The graph for prefills of fewer keys than `min_tokens`: dense, with the inputs and outputs of the original."""
+
+    module: fx.GraphModule
+    min_tokens: int
+    now: bool  # whether the call that the graph is compiled for is that short
+
+
+@dataclass(frozen=True)
 class Rewritten:
     """A graph after the passes.
 
-    `module` is the caller's own module, untouched, where nothing became sparse. Otherwise it is a copy with
-    three more inputs (`boundaries`), and with two more outputs a rewritten site: the site's realised density and its
-    estimated recall, [B, P] each, in the order of `sparse`.
+    `module` is the caller's own module, untouched, where no attention is a causal prefill's. Where nothing became
+    sparse it is one with the same inputs and outputs. Otherwise it is a copy with three more inputs (`boundaries`), and
+    with two more outputs a rewritten site: the site's realised density and its estimated recall, [B, P] each, in the
+    order of `sparse`. `short` serves in its place when few keys come; None where the number of keys is known, or
+    none is too small.
     """
 
     module: fx.GraphModule
@@ -33,6 +55,7 @@ class Rewritten:
     sparse: tuple[Decision, ...]
     boundaries: BoundaryInputs | None
     recall: float | None = None  # the option, as given to `run_passes`
+    short: ShortForm | None = None
 
 
 def run_passes(
@@ -41,11 +64,11 @@ def run_passes(
     *,
     density: float | None = None,
     recall: float | None = None,
-    min_tokens: int = 0,
+    min_tokens: int | None = 0,
     disable: Sequence[str] = (),
     search_strides: bool = True,
 ) -> Rewritten:
-    """Find, decide, add boundaries, rewrite, fold. `module` itself is never edited.
+    """Find, decide, make short prefills dense, add boundaries, rewrite, fold. `module` itself is never edited.
 
     search_strides: look for the frames of video tokens without a known grid in each layer's own queries and keys.
     """
@@ -56,11 +79,15 @@ def run_passes(
     decisions = decide(find_attention(copy), patterns, min_tokens)
     records = (*(decision.record for decision in decisions), *map(record_unread, find_unread(copy)))
     sparse = tuple(decision for decision in decisions if decision.record.sparse)
+    short = _short_form(module, decisions)
+    made_dense = dense_attention(copy, [one for one in decisions if one.record.reason is Reason.TOO_SHORT])
     if not sparse:
-        return Rewritten(module, records, (), None)
+        copy.recompile()
+        return Rewritten(copy if made_dense else module, records, (), None)
 
+    sparse = tuple(decision for decision in _of(copy, decisions) if decision.record.sparse)
     boundaries = add_boundaries(copy, fake_value(sparse[0].site.query).device)
-    result = rewrite_attention(copy, sparse, boundaries, Budget(density, recall, min_tokens, search_strides))
+    result = rewrite_attention(copy, sparse, boundaries, Budget(density, recall, search_strides))
     log.info(
         "rewrite_attention: %d sites on %d plans and %d arrangements", len(sparse), result.plans, result.arrangements
     )
@@ -69,7 +96,26 @@ def run_passes(
     _append_outputs(copy, [node for _, plan in result.planned for node in (plan.density, plan.recall)])
     copy.graph.lint()
     copy.recompile()
-    return Rewritten(copy, records, sparse, boundaries, recall)
+    return Rewritten(copy, records, sparse, boundaries, recall, short)
+
+
+def _short_form(module: fx.GraphModule, decisions: Sequence[Decision]) -> ShortForm | None:
+    length = shared_length(decisions)
+    min_tokens = max((decision.sparse_from for decision in decisions if decision.record.sparse), default=0)
+    tokens = None if length is None else hint(length)
+    if length is None or tokens is None or statically_known_true(length >= min_tokens):
+        return None
+    dense = copy_graph(module)
+    dense_attention(dense, [one for one in _of(dense, decisions) if one.record.reason in CAUSAL_PREFILL])
+    dense.graph.lint()
+    dense.recompile()
+    return ShortForm(dense, min_tokens, now=tokens < min_tokens)
+
+
+def _of(module: fx.GraphModule, decisions: Sequence[Decision]) -> list[Decision]:
+    """Decisions on the sites as they stand in a graph: a copy, or one in which some attentions were replaced."""
+    sites = find_attention(module)
+    return [replace(decision, site=site) for site, decision in zip(sites, decisions, strict=True)]
 
 
 def _append_outputs(module: fx.GraphModule, nodes: list[fx.Node]) -> None:

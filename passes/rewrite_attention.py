@@ -13,7 +13,7 @@ from mmcompile.kernels.patterns import KeyCopies, Order, PlanRows, distinct_orde
 from mmcompile.passes.add_boundaries import BoundaryInputs
 from mmcompile.passes.decide import Decision
 from mmcompile.passes.emit_mask import MaskNodes, emit_mask
-from mmcompile.passes.graph import call, erase_if_unused, fake_value, has_merged_heads, size_argument, size_key
+from mmcompile.passes.graph import call, erase_if_unused, fake_value, replace_attention, size_argument, size_key
 
 _OPS = torch.ops.mminference
 
@@ -68,7 +68,6 @@ class Budget:
 
     density: float | None
     recall: float | None
-    min_tokens: int
     search_strides: bool = True
 
 
@@ -95,7 +94,7 @@ def rewrite_attention(
             if plan_key not in plans:
                 plans[plan_key] = site.plan(arrangements[key])
             output = site.attend(arrangements[key], plans[plan_key])
-            replaced[decision.site.node] = _replace(module.graph, decision.site.node, output)
+            replaced[decision.site.node] = replace_attention(module.graph, decision.site.node, output)
         result.planned.append((decision, plans[plan_key]))
     result.plans, result.arrangements = len(plans), len(arrangements)
     erase_if_unused(module.graph, dict.fromkeys(decision.site.mask for decision in decisions))
@@ -152,7 +151,6 @@ class _Site:
             *sizes,
             rows.offset,
             encode_orders(*self.orders),
-            self.budget.min_tokens,
             self.scale if self.searches else None,
         )
         return ArrangementNodes(*self._outputs(_OPS.arrange.default, arguments), rows.offset)  # type: ignore[call-arg]
@@ -177,7 +175,6 @@ class _Site:
             list(self.rows.heads),
             self.budget.density,
             self.budget.recall,
-            self.budget.min_tokens,
         )
         return PlanNodes(*self._outputs(_OPS.plan.default, arguments))
 
@@ -201,8 +198,6 @@ class _Site:
             list(self.copies.of_head(int(self.site.heads))),
             self.scale,
             *self._mask_parts(),
-            self.budget.min_tokens,
-            self.spec.is_only_causal,
         )
         output = call(self.graph, _OPS.block_sparse_attention.default, arguments)
         if permutes:
@@ -216,18 +211,3 @@ class _Site:
     def _outputs(self, op: Any, arguments: tuple[Any, ...]) -> list[fx.Node]:
         outputs = call(self.graph, op, arguments)
         return [call(self.graph, operator.getitem, (outputs, i)) for i in range(len(fake_value(outputs)))]
-
-
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
-    """Put `new` in the place of `old`, in the memory layout that its users were traced with."""
-    if not has_merged_heads(fake_value(old)):
-        # One more pass over the output; a model that merges its heads next was traced with the layout of `new`.
-        new = call(graph, torch.ops.aten.contiguous.default, (new,))
-    new.meta["nn_module_stack"] = old.meta.get("nn_module_stack")
-    new.meta["stack_trace"] = old.meta.get("stack_trace")
-    operands = old.all_input_nodes
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)
-    # The repeated keys and values, too large to keep for nothing; masks are shared and go last.
-    erase_if_unused(graph, operands)
-    return new

@@ -42,10 +42,10 @@ def on_gpu(walk: TileWalk) -> TileWalk:
     return TileWalk(*(part.cuda() if isinstance(part, Tensor) else part for part in walk))
 
 
-def op_arguments(walk: TileWalk, scale: float, min_tokens: int = 0) -> list:
+def op_arguments(walk: TileWalk, scale: float) -> list:
     """What the op takes after query, key and value."""
     maps = [list(walk.head_plan), list(walk.key_head), scale]
-    return [*walk[:8], *maps, *walk[10:], min_tokens]
+    return [*walk[:8], *maps, *walk[10:]]
 
 
 def attend(inputs: list[Tensor], walk: TileWalk, scale: float) -> Tensor:
@@ -158,18 +158,6 @@ def test_flex_attention_runs_the_same_plan(mask):
     flex = flex_attention_on_plan(*inputs, walk, 0.125, block_mask(walk), compiled)
     assert_exact(flex, inputs, walk)
     torch.testing.assert_close(flex, attend(inputs, walk, 0.125), atol=2e-2, rtol=2e-2)
-
-
-def test_short_keys_run_dense():
-    case = replace(MASKS["everything"], width=80)
-    walk, inputs = on_gpu(case.walk()), case.inputs(torch.bfloat16, "cuda")
-    # Short prefills have raster orders alone.
-    walk = walk._replace(query_row=torch.zeros_like(walk.query_row), key_row=torch.zeros_like(walk.key_row))
-    output = OPS.block_sparse_attention(*inputs, *op_arguments(walk, case.width**-0.5, case.key_length + 1))
-    mask = reference.element_mask(walk.query_tags[:, :1], walk.key_tags[:, :1], walk.window)
-    mask = mask.expand(-1, case.heads, -1, -1)
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        assert_as_exact_as_torch(output, inputs, mask, walk)
 
 
 def test_the_hopper_kernel_runs_where_it_was_measured():
@@ -324,9 +312,8 @@ def test_nothing_waits_for_the_host():
         for pattern in (HeadPattern("a_shape", boundary="2d"), AUTO, HeadPattern("vertical_slash"), GRID):
             sparse_attention(*long, pattern, segment, density=0.5)
         query = OPS.permute(inputs[0], order, None, heads, rows)
-        for min_tokens in (0, case.key_length + 1):
-            output = OPS.block_sparse_attention(query, *inputs[1:], *op_arguments(walk, 0.125, min_tokens))
-            OPS.unpermute(output, order, None, rows)
+        output = OPS.block_sparse_attention(query, *inputs[1:], *op_arguments(walk, 0.125))
+        OPS.unpermute(output, order, None, rows)
 
     long = [torch.randn(1, count, 4096, 64, device="cuda", dtype=torch.bfloat16) for count in (4, 2, 2)]
     segment = one_segment(4096)

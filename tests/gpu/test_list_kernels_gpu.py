@@ -63,7 +63,7 @@ def test_plans_that_need_no_data(seed: int) -> None:
     case = random_case(seed) if seed % 2 else random_site_case(seed)
     on_gpu = [
         {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-        for arguments in (case.arrange_arguments(0), case.plan_arguments(case.arrange(), DENSITIES[seed % 5], 0))
+        for arguments in (case.arrange_arguments(), case.plan_arguments(case.arrange(), DENSITIES[seed % 5]))
     ]
     arguments = on_gpu[1] | {"arrangement": arrange(**on_gpu[0])}
     made, stats = plan(**arguments)

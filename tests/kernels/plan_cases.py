@@ -108,16 +108,16 @@ class PlanCase:
     patterns: tuple[HeadPattern, ...]  # of each head
     interleaved: bool  # segments or spans that are not runs of tokens
 
-    def plan(self, density: float | None = None, min_tokens: int = 0) -> Made:
+    def plan(self, density: float | None = None) -> Made:
         rows = plan_rows(self.patterns)
-        arrangement = self.arrange(min_tokens)
-        made, stats = plan(**self.plan_arguments(arrangement, density, min_tokens))
+        arrangement = self.arrange()
+        made, stats = plan(**self.plan_arguments(arrangement, density))
         return Made(rows, arrangement, made, stats, self.window)
 
-    def arrange(self, min_tokens: int = 0) -> Arrangement:
-        return arrange(**self.arrange_arguments(min_tokens))
+    def arrange(self) -> Arrangement:
+        return arrange(**self.arrange_arguments())
 
-    def arrange_arguments(self, min_tokens: int) -> dict[str, Any]:
+    def arrange_arguments(self) -> dict[str, Any]:
         segments, spans = self.segments or (None, None), self.spans or (None, None)
         return {
             "query": None,
@@ -133,10 +133,9 @@ class PlanCase:
             "key_length": self.key_length,
             "query_offset": self.query_offset,
             "orders": encode_orders(*distinct_orders(plan_rows(self.patterns).patterns)),
-            "min_tokens": min_tokens,
         }
 
-    def plan_arguments(self, arrangement: Arrangement, density: float | None, min_tokens: int) -> dict[str, Any]:
+    def plan_arguments(self, arrangement: Arrangement, density: float | None) -> dict[str, Any]:
         rows = plan_rows(self.patterns)
         return {
             "query": None,
@@ -152,7 +151,6 @@ class PlanCase:
             "heads": rows.heads,
             "density": density,
             "recall": None,
-            "min_tokens": min_tokens,
         }
 
     def boundaries(self) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ few = settings(deadline=None, max_examples=max(10, settings().max_examples * 2 /
 @few
 @given(st.one_of(plan_cases(), site_cases()))
 def test_orders_are_by_modality_site_and_position_and_tags_and_sites_stand_in_them(case: PlanCase) -> None:
-    arguments = case.arrange_arguments(0)
+    arguments = case.arrange_arguments()
     made = arrange(**arguments)
     shapes = arrangement_shapes(case.batch, case.query_length, case.key_length, arguments["orders"])
     assert [tuple(part.shape) for part in made] == list(shapes)
@@ -68,7 +68,6 @@ def made_of(*orders: Order, **changes: Any) -> Arrangement:
         "key_length": length,
         "query_offset": 0,
         "orders": encode_orders(orders, orders),
-        "min_tokens": 0,
     }
     return arrange(**given | changes)
 
@@ -177,15 +176,6 @@ def test_orders_with_several_limits_have_a_stride_each() -> None:
     assert not torch.equal(together.query_order[:, 0], together.query_order[:, 1])
 
 
-def test_short_keys_get_raster_orders_but_their_number_stays() -> None:
-    orders = (Order(base="site"), Order(True))
-    made = made_of(*orders, min_tokens=337)
-    assert made.query_order.shape == made.key_order.shape == (1, 2, 336)
-    assert (made.query_order == torch.arange(336)).all() and (made.key_order == torch.arange(336)).all()
-    assert (made.query_tags[:, :, 0] == torch.arange(336)).all() and (made.query_site == -1).all()
-    assert torch.equal(made_of(*orders, min_tokens=336).query_order, made_of(*orders).query_order)
-
-
 def test_no_segments_at_all_is_one_text() -> None:
     nothing = torch.zeros(0).int()
     parts = {"offsets": torch.zeros(1).int(), "modality": nothing, "grid": nothing.view(0, 3)}
@@ -228,7 +218,6 @@ def test_arguments_are_those_of_the_op_in_its_order() -> None:
         "key_length",
         "query_offset",
         "orders",
-        "min_tokens",
         "scale",
     ]
 
@@ -258,12 +247,12 @@ def test_arrange_never_waits_for_the_device() -> None:
 
     def run(device: str) -> Arrangement:
         parts = [part.to(device) for part in (planted.query, planted.key, *planted.boundaries, valid, *[groups] * 4)]
-        arrange(*parts, 1, 2048, 2048, 0, orders, 0)  # what is kept from call to call is made once
+        arrange(*parts, 1, 2048, 2048, 0, orders)  # what is kept from call to call is made once
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
         try:
-            return arrange(*parts, 1, 2048, 2048, 0, orders, 0)
+            return arrange(*parts, 1, 2048, 2048, 0, orders)
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")

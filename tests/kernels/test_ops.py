@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
 from mmcompile.kernels.check_inputs import check_attention, check_permute
 from mmcompile.kernels.patterns import HeadPattern, KeyCopies, distinct_orders, encode, encode_orders, plan_rows
-from mmcompile.kernels.reference import by_plan_row, element_mask
 from tests.kernels.tile_walks import WalkCase, assert_as_exact_as_torch, mask_of
 
 OPS = torch.ops.mminference
@@ -42,10 +41,10 @@ ESTIMATED = (
 )
 
 
-def attention_arguments(case: WalkCase, dtype: torch.dtype = torch.float32, min_tokens: int = 0) -> list:
+def attention_arguments(case: WalkCase, dtype: torch.dtype = torch.float32) -> list:
     walk = case.walk()
     maps = [list(walk.head_plan), list(walk.key_head), case.width**-0.5]
-    return [*case.inputs(dtype), *walk[:8], *maps, *walk[10:], min_tokens, False, None]
+    return [*case.inputs(dtype), *walk[:8], *maps, *walk[10:], None]
 
 
 def random_orders(batch: int, rows: int, length: int) -> torch.Tensor:
@@ -84,12 +83,12 @@ def head_inputs(patterns: Sequence[HeadPattern], copies: int) -> list[torch.Tens
     return [torch.randn(BATCH, heads, LENGTH, 16), torch.randn(BATCH, copies, LENGTH, 16)]
 
 
-def arrange_arguments(patterns: Sequence[HeadPattern], masked: bool = False, min_tokens: int = 0) -> list:
+def arrange_arguments(patterns: Sequence[HeadPattern], masked: bool = False) -> list:
     queries, keys = distinct_orders(plan_rows(patterns).patterns)
     searches = any(order.searches for order in (*queries, *keys))
     inputs = head_inputs(patterns, 2) if searches else [None, None]
     orders = encode_orders(queries, keys)
-    return [*inputs, *boundaries(), *masks(masked), BATCH, LENGTH, LENGTH, 0, orders, min_tokens]
+    return [*inputs, *boundaries(), *masks(masked), BATCH, LENGTH, LENGTH, 0, orders]
 
 
 def plan_arguments(
@@ -97,15 +96,14 @@ def plan_arguments(
     masked: bool = False,
     density: float | None = 0.5,
     recall: float | None = None,
-    min_tokens: int = 0,
 ) -> list:
     rows = plan_rows(patterns)
-    arrangement = OPS.arrange(*arrange_arguments(patterns, masked, min_tokens))
+    arrangement = OPS.arrange(*arrange_arguments(patterns, masked))
     inputs = [None, None]
     if any(pattern.needs_data for pattern in patterns):
         inputs = head_inputs(patterns, 2 * arrangement[1].shape[1])
     mask = [200, True, True] if masked else [None, False, False]
-    how = [encode(rows.patterns), rows.heads, density, recall, min_tokens]
+    how = [encode(rows.patterns), rows.heads, density, recall]
     return [*inputs, *arrangement, *boundaries(), 0, 0.25, *mask, *how]
 
 
@@ -125,7 +123,6 @@ ARGUMENTS = {
     "block_sparse_attention": lambda: attention_arguments(CASE),
     "block_sparse_attention with a mask": lambda: attention_arguments(MASKED, torch.bfloat16),
     "block_sparse_attention with columns": lambda: attention_arguments(COLUMNS),
-    "block_sparse_attention, short": lambda: attention_arguments(MASKED, min_tokens=1000),
 }
 
 
@@ -206,33 +203,10 @@ def test_a_length_of_a_million_allocates_nothing(name):
 
 
 @pytest.mark.parametrize("case", [CASE, MASKED], ids=["causal", "masked"])
-@pytest.mark.parametrize("min_tokens", [0, 260, 261])
-def test_attention_with_and_without_tiles(case, min_tokens):
+def test_attention_over_the_tiles_of_a_plan(case):
     walk, inputs = case.walk(), case.inputs()
-    output = OPS.block_sparse_attention(*attention_arguments(case, min_tokens=min_tokens))
-    mask = mask_of(walk)
-    if min_tokens == 261:  # longer than the keys: dense
-        tags = by_plan_row(walk.query_tags, walk.query_row), by_plan_row(walk.key_tags, walk.key_row)
-        mask = element_mask(*tags, walk.window)[:, list(walk.head_plan)]
-    assert_as_exact_as_torch(output, inputs, mask, walk)
-
-
-@pytest.mark.parametrize("patterns", [STATIC, ESTIMATED], ids=["static", "estimated"])
-def test_a_short_plan_runs_dense(patterns):
-    """Arrangement, plan and attention agree on the length under which there are no tiles."""
-    heads, rows = len(patterns), plan_rows(patterns)
-    arguments = plan_arguments(patterns, min_tokens=LENGTH + 1)
-    *walk, density, recall = OPS.plan(*arguments)
-    query, key, value = torch.randn(3, BATCH, heads, LENGTH, 32)
-    copies = KeyCopies.of(heads, arguments[3].shape[1])
-    key_order = arguments[3]
-    maps = [rows.of_head, copies.of_head(heads), 32**-0.5, None, False, False]
-    slots = (OPS.permute(x, key_order, None, copies.sources, copies.rows) for x in (key, value))
-    output = OPS.block_sparse_attention(query, *slots, *arguments[4:6], *walk, *maps, LENGTH + 1)
-    dense = scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(output, dense)
-    assert torch.equal(density, torch.ones(BATCH, len(rows.patterns)))
-    assert recall.shape == density.shape and recall.isnan().all()
+    output = OPS.block_sparse_attention(*attention_arguments(case))
+    assert_as_exact_as_torch(output, inputs, mask_of(walk), walk)
 
 
 def test_arranged_planned_and_attended_at_density_one_is_dense():
@@ -247,24 +221,13 @@ def test_arranged_planned_and_attended_at_density_one_is_dense():
     there = OPS.permute(query, query_order, query_row, range(heads), rows.of_head)
     keys, values = (OPS.permute(x, key_order, None, copies.sources, copies.rows) for x in (key, value))
     maps = [rows.of_head, copies.of_head(heads), 32**-0.5, None, False, False]
-    output = OPS.block_sparse_attention(there, keys, values, *tags, query_row, *lists, *maps, 0)
+    output = OPS.block_sparse_attention(there, keys, values, *tags, query_row, *lists, *maps)
     back = OPS.unpermute(output, query_order, query_row, rows.of_head)
     torch.testing.assert_close(back, scaled_dot_product_attention(query, key, value, is_causal=True))
     assert (density >= 1).all()
-    in_token_order = OPS.block_sparse_attention(
-        query, keys, values, *tags, query_row, *lists, *maps, 0, False, query_order
-    )
+    in_token_order = OPS.block_sparse_attention(query, keys, values, *tags, query_row, *lists, *maps, query_order)
     assert torch.equal(in_token_order, back)
     assert in_token_order.stride() == back.stride()
-
-
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_a_short_causal_prefill_makes_no_mask_and_is_the_same(heads):
-    case = WalkCase(heads=4, copies=heads)
-    *arguments, _, _ = attention_arguments(case, min_tokens=1000)  # all but only_causal and query_order
-    with_mask, without = (OPS.block_sparse_attention(*arguments, only) for only in (False, True))
-    torch.testing.assert_close(without, with_mask)
-    assert without.stride() == with_mask.stride()
 
 
 def test_density_is_the_computed_share_of_the_tiles():

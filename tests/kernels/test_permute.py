@@ -67,9 +67,7 @@ def test_the_orders_of_an_arrangement_can_be_undone(names, batch, length, data):
     grid = torch.randint(40, (len(ends), 3), dtype=torch.int32)
     offsets = torch.tensor([0, *ends], dtype=torch.int32)
     sizes = (batch, length, length, 0)
-    order = arrange(
-        None, None, offsets, modality, grid, *[None] * 5, *sizes, encode_orders(names, names), 0
-    ).query_order
+    order = arrange(None, None, offsets, modality, grid, *[None] * 5, *sizes, encode_orders(names, names)).query_order
     rows = plan_rows(batch, 4, len(names))
     x = torch.randn(batch, 4, length, 16)
     heads = [0, 1, 2, 3]  # one of each plan row

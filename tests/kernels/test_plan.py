@@ -361,21 +361,6 @@ def assert_same(one: Made, other: Made) -> None:
             )
 
 
-@few
-@given(every_kind)
-def test_under_min_tokens_there_are_raster_orders_and_no_tiles(case: PlanCase) -> None:
-    made = case.plan(min_tokens=case.key_length + 1)
-    assert (made.arrangement.query_order == torch.arange(case.query_length)).all()
-    assert (made.arrangement.key_order == torch.arange(case.key_length)).all()
-    assert not any(part.any() for part in (*made.plan[:3], *made.plan[4:])) and (made.plan.tiles == -1).all()
-    assert made.plan.counts.is_contiguous() and made.plan.tiles.is_contiguous()
-    allowed = made.allowed()
-    for b, p, _ in rows(case, made):
-        assert np.array_equal(allowed[b, p], case.allowed(b))
-    assert (made.stats.density == 1).all() and made.stats.recall.isnan().all()
-    assert_same(case.plan(min_tokens=case.key_length), case.plan())
-
-
 def one_sequence(length: int, pattern: HeadPattern, **parts: Any) -> PlanCase:
     """One causal sequence of one modality, but for `parts`."""
     given = {"offsets": np.array([0, length]), "modality": np.array([1]), "grid": np.zeros((1, 3), int)}
@@ -525,9 +510,9 @@ def test_a_million_tokens_need_no_host_value_and_no_huge_temporary(cap: float | 
         groups = torch.zeros(1, length, dtype=torch.int64)
         orders = encode_orders(*distinct_orders(patterns))
         arrangement = arrange(None, None, *boundaries, valid, groups, groups, groups, groups,
-                              1, length, length, 0, orders, 0)  # fmt: skip
+                              1, length, length, 0, orders)  # fmt: skip
         made, stats = plan(None, None, arrangement, *boundaries, 0, 1.0, 4096, True, True, encode(patterns),
-                           [-1] * 3, cap, None, 0)  # fmt: skip
+                           [-1] * 3, cap, None)  # fmt: skip
         assert stats.density.shape == (1, 3)
     assert [tuple(part.shape) for part in made] == list(
         plan_shapes(1, length, length, 0, True, True, encode(patterns), cap)
@@ -569,9 +554,9 @@ def test_a_capped_list_has_room_for_a_sink_whose_keys_stand_far_apart(scattered:
     of_queries = None if ids is None else ids[:, offset:]
     orders = encode_orders(*distinct_orders(patterns))
     sizes = 1, queries, keys, offset
-    arrangement = arrange(None, None, *no_boundaries, valid, of_queries, ids, None, None, *sizes, orders, 0)
+    arrangement = arrange(None, None, *no_boundaries, valid, of_queries, ids, None, None, *sizes, orders)
     made, _ = plan(None, None, arrangement, *no_boundaries, offset, 1.0, None, ids is not None, False,
-                   encode(patterns), [-1], 0.01, None, 0)  # fmt: skip
+                   encode(patterns), [-1], 0.01, None)  # fmt: skip
     first, full, partial, *_ = made.counts[0, 0].unbind(-1)
     # Each query tile has its sink and its own keys, the last one too, and all of it is in the list.
     assert ((full + partial) > 512 * TILE // keys).all() and int((first + full + partial)[-1]) < made.tiles.shape[2]
@@ -615,7 +600,6 @@ def test_arguments_are_those_of_the_op_in_its_order() -> None:
         "heads",
         "density",
         "recall",
-        "min_tokens",
     ]
 
 
@@ -644,7 +628,7 @@ def test_arguments_are_those_of_the_op_in_its_order() -> None:
 def test_bad_arguments_are_refused_by_name(change: dict[str, object], said: str) -> None:
     case = one_sequence(9, HeadPattern())
     with pytest.raises(ValueError, match=said):
-        plan(**{**case.plan_arguments(case.arrange(), None, 0), **change})
+        plan(**{**case.plan_arguments(case.arrange(), None), **change})
 
 
 def test_density_one_needs_no_data() -> None:
@@ -675,9 +659,9 @@ def test_plan_never_waits_for_the_device(cap: float | None) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             arrangement = arrange(None, None, *parts[:4], parts[4], parts[4], parts[4], parts[4],
-                                  1, length, length, 0, orders, 0)  # fmt: skip
+                                  1, length, length, 0, orders)  # fmt: skip
             made, stats = plan(None, None, arrangement, *parts[:3], 0, 1.0, 3000, True, True, encode(patterns),
-                               [-1] * 5, cap, None, 0)  # fmt: skip
+                               [-1] * 5, cap, None)  # fmt: skip
             return [*arrangement, *made, stats.density]
         finally:
             torch.cuda.set_sync_debug_mode("default")

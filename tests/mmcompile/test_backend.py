@@ -217,17 +217,6 @@ def test_strict_accepts_decode_steps_and_short_prefills():
         torch.testing.assert_close(run(x), model(x))
 
 
-@torch.no_grad()
-def test_a_short_prefill_runs_dense_in_the_graph_of_the_long_ones():
-    model = Decoder()
-    run = compiled(model, min_tokens=256, patterns=HeadPattern("a_shape", 1, 1))
-    run(tokens(600))
-    run(tokens(601))
-    x = tokens(200)
-    torch.testing.assert_close(run(x), model(x), atol=1e-5, rtol=1e-5)
-    assert [site.density for site in mmcompile.stats(model)] == [1.0, 1.0]
-
-
 def two_layer_table(*kinds):
     return PatternTable.of([[HeadPattern(kind, 1, 128)] * HEADS for kind in kinds])
 

@@ -14,7 +14,7 @@ from mmcompile import OptionError, Options
         ({"density": 1.5}, r"density=1.5: must be a number in \(0, 1\]"),
         ({"density": "half"}, r"density='half': must be a number in \(0, 1\]"),
         ({"density": True}, r"density=True: must be a number"),
-        ({"min_tokens": -1}, r"min_tokens=-1: must be an integer of at least 0"),
+        ({"min_tokens": -1}, r"min_tokens=-1: must be an integer of at least 0, or None"),
         ({"min_tokens": 1.5}, r"min_tokens=1.5: must be an integer"),
         ({"strict": 1}, r"strict=1: must be True or False"),
         ({"inner": "mminference"}, r"inner='mminference': must name another backend"),
