@@ -23,10 +23,10 @@ def draw_front(finding: HeadFinding, pattern: HeadPattern, title: str) -> Figure
     for index, kind in enumerate(dict.fromkeys(point.pattern.kind for point in finding.front)):
         of_kind = [point for point in finding.front if point.pattern.kind == kind]
         where = [point.ms for point in of_kind], [point.error for point in of_kind]
-        axis.scatter(*where, label=kind, color=KINDS[kind], marker="os^Dv<>PX"[index], s=40, zorder=2)
+        axis.scatter(*where, label=kind, color=KINDS[kind], marker="os^Dv<>PX"[index], s=40, zorder=2, clip_on=False)
     axis.scatter(
         finding.ms, finding.error, label=f"chosen:\n{pattern.kind}",
-        marker="*", s=260, color=YELLOW, edgecolor=BLACK, zorder=3,
+        marker="*", s=260, color=YELLOW, edgecolor=BLACK, zorder=3, clip_on=False,
     )  # fmt: skip
     axis.set(xlabel="milliseconds of the head's share of the kernel", ylabel="error of the output", ylim=(0, None))
     axis.grid(alpha=0.3)
