@@ -15,6 +15,7 @@ from rich.markup import escape
 from mmcompile.bench.command import bench
 from mmcompile.console import out, progress_console, steps, write
 from mmcompile.errors import MMCompileError
+from mmcompile.pattern_search.command import search
 
 app = typer.Typer(
     help="A torch.compile backend that makes the prefill of vision-language models sparse.",
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
+app.command()(search)
 
 
 def main() -> None:
