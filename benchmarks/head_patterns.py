@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mass", type=float, default=0.95, help="of the planted keys")
+    parser.add_argument("--only", default="", help="patterns whose name begins so; all by default")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--redraw", action="store_true", help="draw --plot from an --out made before, and run nothing")
@@ -191,7 +192,7 @@ def main() -> None:
     library = BASELINE[planted.query.device.type]
     times = time_call(dense_calls(*tensors)[library], planted.query.device.type, arguments.repeats)
     figure.rows.append({"pattern": library, "density": 1.0} | times.columns("attention ms"))
-    for run in track(RUNS, "patterns"):
+    for run in track([run for run in RUNS if run.name.startswith(arguments.only)], "patterns"):
         output, density, planning, attention = run_pattern(
             *tensors, planted.boundaries, run.pattern, run.density, run.recall, arguments.repeats
         )

@@ -13,7 +13,9 @@ HEAD_DIMS = (64, 128, 256)  # padded ones
 # Query tokens from which the kernel itself gathers and scatters rows. Measured on an H200: 128K tokens take 5.12 ms
 # where permute, kernel and unpermute take 6.04; at 32K one warp's gathering costs what the two copies do.
 FOLDS_FROM = 65536
-MOST_COLUMNS = 8192  # of a plan row; they are gathered for each head, which for many more would take the keys' own room
+# Single keys of a plan row, or as a share of the keys where that is more: they are gathered for each head, which for
+# many more would take the keys' own room.
+MOST_COLUMNS, COLUMNS_SHARE = 8192, 1 / 32
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -39,6 +41,6 @@ def runs(query: Tensor, key: Tensor, value: Tensor, columns: int) -> bool:
     return (
         min(query.numel(), key.numel()) > 0
         and why_not(query.device, query.dtype, query.shape[3]) is None
-        and columns <= MOST_COLUMNS
+        and columns <= max(MOST_COLUMNS, key.shape[2] * COLUMNS_SHARE)
         and all(takes_descriptors(tensor) for tensor in (query, key, value))
     )

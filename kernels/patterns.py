@@ -6,10 +6,13 @@ objects and two graphs with the same patterns are the same graph.
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+from torch import SymInt
 
 TILE = 128  # queries and keys of one tile
 
@@ -31,6 +34,7 @@ MODALITIES = 8  # ids 0..7: text, image, video, audio, and room
 MAX_TOKENS = 2**30  # a position minus such a length still fits int32
 MAX_STRIDE = 2**20
 
+_SHARE = 2**16  # a share of the keys is counted in these parts, exactly, of sizes that are symbols too
 _NEEDS_DATA = ("vertical_slash", "grid", "top_p", "columns")
 _ON_SITES = ("grid", "sf_strided")  # kinds whose lines are contiguous only where tokens stand by site
 
@@ -73,7 +77,7 @@ class HeadPattern:
         "top_p": for each query tile, the key tiles with the most attention, until `mass` of it is covered. `scores`
             says how attention is estimated: "sampled" (some queries of each tile against each key), "pooled" (mean
             query against mean key, as FlexPrefill), "antidiagonal" (sums along antidiagonals, as XAttention).
-            Besides, up to `columns` single keys that stand out over all queries.
+            Besides, up to `columns` single keys that stand out over all queries: a number, or a share of the keys.
         "columns": for each query tile its own `columns` single keys, those with the most attention of the tile's mean
             query (as VecAttention).
         All but "dense" keep the `sink` first keys and each query's nearest key; in orders by site, the first tile of
@@ -106,7 +110,7 @@ class HeadPattern:
     lines: str = "vs"
     scores: str = "sampled"
     mass: float = 0.95
-    columns: int = 0
+    columns: int | float = 0
     density: float | None = None
     pairs: tuple[tuple[int, int, "HeadPattern"], ...] = ()
 
@@ -119,7 +123,7 @@ class HeadPattern:
             _require_tokens(name, getattr(self, name), 1, MAX_TOKENS)
         _require_tokens("stride", self.stride, 0, MAX_STRIDE)
         _require_tokens("max_stride", self.max_stride, 1, MAX_STRIDE)
-        _require_tokens("columns", self.columns, 0, MAX_TOKENS)
+        _require_columns(self.kind, self.columns)
         if not isinstance(self.lines, str) or not self.lines or set(self.lines) - set("hvs"):
             raise ValueError(f'lines={self.lines!r} is not a set of grid lines; any of "h", "v" and "s", such as "vs"')
         if isinstance(self.mass, bool) or not isinstance(self.mass, int | float) or not 0.0 < self.mass <= 1.0:
@@ -161,6 +165,12 @@ class HeadPattern:
         """Of each of `orders`, whether tokens stand by site or column."""
         return tuple(key.base != "raster" for _, key in self.orders)
 
+    def most_columns(self, keys: int | SymInt) -> int | SymInt:
+        """`columns` of so many keys, as a number."""
+        if isinstance(self.columns, int):
+            return self.columns
+        return keys * math.floor(self.columns * _SHARE) // _SHARE
+
     def _order(self, base: str, grouped: bool) -> Order:
         if base == "raster":
             return Order(grouped)
@@ -169,6 +179,7 @@ class HeadPattern:
     def __str__(self) -> str:
         """How reports name the pattern, such as "a_shape(128, 4096) 2d"."""
         stride = self.stride or "frame"
+        columns = f"{self.columns:.3g} of the keys as" if isinstance(self.columns, float) else self.columns
         details = {
             "a_shape": f"({self.sink}, {self.local})",
             "tri_shape": f"({self.sink}, {self.local}, {self.last})",
@@ -176,7 +187,7 @@ class HeadPattern:
             "sf_strided": f"({stride})",
             "vertical_slash": f"({self.vertical}, {self.slash})",
             "grid": f"({stride}, {self.lines})",
-            "top_p": f"({self.scores}, {self.mass:g}" + (f", {self.columns} columns)" if self.columns else ")"),
+            "top_p": f"({self.scores}, {self.mass:g}" + (f", {columns} columns)" if self.columns else ")"),
             "columns": f"({self.columns})",
         }
         words = [self.kind + details.get(self.kind, "")]
@@ -345,6 +356,14 @@ def _require_tokens(name: str, value: object, least: int, most: int) -> None:
     # bool is an int in Python, and sink=True is a mistake.
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{name}={value!r} is not a number of tokens; an int from {least} to {most}")
+
+
+def _require_columns(kind: str, value: object) -> None:
+    if isinstance(value, float) and kind == "top_p":
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"columns={value!r} is not a share of the keys; in (0, 1), or a number of keys as an int")
+        return
+    _require_tokens("columns", value, 0, MAX_TOKENS)
 
 
 def _nearest(value: object, choices: Sequence[str]) -> str:

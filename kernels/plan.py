@@ -216,7 +216,8 @@ def _plan_rows(
     estimated = pattern.needs_data and not dense
     seen: Sighting | None = None
     if pattern.kind == "top_p" and estimated:
-        rows, seen = choose_orders(scene, tuple(heads), pairs, pattern.by_site, pattern.columns, density)
+        columns = pattern.most_columns(scene.key_modality.shape[1])
+        rows, seen = choose_orders(scene, tuple(heads), pairs, pattern.by_site, columns, density)
     else:
         choice = torch.zeros_like(one.query_row, dtype=torch.int64)
         rows = Rows(scene, tuple(heads), pairs, pattern.by_site[: len(pairs)], choice)
@@ -370,7 +371,7 @@ def _column_room(
             case "sf_fixed":
                 own = block_end_count(key_length)
             case _:
-                own = pattern.columns
+                own = pattern.most_columns(key_length)
         room = torch.sym_max(room, own)
     return room
 

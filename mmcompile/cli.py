@@ -15,6 +15,7 @@ from rich.markup import escape
 from mmcompile.bench.command import bench
 from mmcompile.console import out, progress_console, steps, write
 from mmcompile.errors import MMCompileError
+from mmcompile.pattern_search.command import search
 from mmcompile.pictures.command import plot
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
+app.command()(search)
 app.add_typer(plot, name="plot")
 
 

@@ -16,7 +16,7 @@ from mmcompile.tables import PatternTable
 
 # What "auto" stands for: each head takes the order that holds the most of its attention in as many tiles, and in that
 # order the tiles and the single keys with the most attention.
-AUTO_PATTERN = HeadPattern("top_p", order="auto", columns=2048)
+AUTO_PATTERN = HeadPattern("top_p", order="auto", columns=1 / 64)
 AUTO_DENSITY = 0.2  # the cap under which "auto" plans where `density` names none
 
 

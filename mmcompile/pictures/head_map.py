@@ -88,7 +88,7 @@ def _draw_figures(figure: Any, axis: Any, name: str, values: np.ndarray) -> None
 
     known, positive = np.isfinite(values), values[np.isfinite(values) & (values > 0)]
     axis.set_title(name, fontsize=10)
-    axis.set_facecolor("#eeeeee")
+    axis.set(facecolor="#eeeeee", xlim=(-0.5, values.shape[1] - 0.5))
     if not positive.size:
         axis.text(0.5, 0.5, "0 everywhere" if known.all() else "not known", ha="center", transform=axis.transAxes)
         return

@@ -199,7 +199,7 @@ def _pattern(draw: random.Random, fields: dict[str, Any]) -> HeadPattern:
     }
     if fields["kind"] in ("top_p", "columns"):
         least = 1 if fields["kind"] == "columns" else 0
-        fields["columns"] = draw.choice([least, 3, 40, 1000])
+        fields["columns"] = draw.choice([least, 3, 40, 1000] + ([1 / 8] if fields["kind"] == "top_p" else []))
     return HeadPattern(**fields, pairs=_pairs(draw, fields))
 
 

@@ -19,7 +19,7 @@ from mmcompile.kernels.patterns import TILE, HeadPattern
 ROWS = 256  # measured queries
 NEEDED = 0.99
 TILES_AT_ONCE = 32  # rows of tiles of the planted pairs: 0.5 GB at 128K tokens
-AUTO = HeadPattern("top_p", order="auto", columns=2048)
+AUTO = HeadPattern("top_p", order="auto", columns=1 / 64)
 
 
 @dataclass(frozen=True)

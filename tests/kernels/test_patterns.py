@@ -47,10 +47,14 @@ def fields_of(kind: str, **given: st.SearchStrategy[Any]) -> st.SearchStrategy[d
         "lines": lines,
         "scores": st.sampled_from(SCORES),
         "mass": st.floats(0.0, 1.0, exclude_min=True),
-        "columns": st.integers(1 if kind == "columns" else 0, MAX_TOKENS),
+        "columns": st.integers(1 if kind == "columns" else 0, MAX_TOKENS) | shares(kind),
         "density": st.none() | st.floats(0.0, 1.0, exclude_min=True, exclude_max=True),
     }
     return st.fixed_dictionaries(every | given)
+
+
+def shares(kind: str) -> st.SearchStrategy[float]:
+    return st.floats(0.0, 1.0, exclude_min=True, exclude_max=True) if kind == "top_p" else st.nothing()
 
 
 def orders_of(kind: str, scores: str) -> list[str]:
@@ -245,6 +249,12 @@ def test_key_copies_stand_by_head_and_then_by_order(heads: int, kv_heads: int, o
         assert copies.rows[first : first + orders] == tuple(range(orders))
 
 
+def test_columns_are_a_number_or_a_share_of_the_keys() -> None:
+    assert HeadPattern("top_p", columns=100).most_columns(1000) == 100
+    share = HeadPattern("top_p", columns=1 / 64)
+    assert [share.most_columns(keys) for keys in (63, 64, 32768, 2**20)] == [0, 1, 512, 2**14]
+
+
 @pytest.mark.parametrize(
     ("pattern", "name"),
     [
@@ -257,6 +267,7 @@ def test_key_copies_stand_by_head_and_then_by_order(heads: int, kv_heads: int, o
         (HeadPattern("vertical_slash", vertical=10, slash=20, boundary="k"), "vertical_slash(10, 20) k"),
         (HeadPattern("top_p", scores="pooled", mass=0.9), "top_p(pooled, 0.9)"),
         (HeadPattern("top_p", columns=64, order="auto"), "top_p(sampled, 0.95, 64 columns) auto order"),
+        (HeadPattern("top_p", columns=1 / 64), "top_p(sampled, 0.95, 0.0156 of the keys as columns)"),
         (HeadPattern("columns", columns=64), "columns(64)"),
         (HeadPattern("top_p", density=0.05), "top_p(sampled, 0.95) <= 0.05"),
         (HeadPattern(boundary="q", pairs=((2, -1, HeadPattern("a_shape")),)), "dense q [2:* a_shape(128, 4096)]"),
@@ -303,6 +314,9 @@ def test_reports_name_a_pattern(pattern: HeadPattern, name: str) -> None:
         ({"kind": "grid", "density": 0.0}, ["density=0.0", "in (0, 1), or None"]),
         ({"kind": "grid", "density": 1}, ["density=1", "in (0, 1), or None"]),
         ({"kind": "grid", "density": True}, ["density=True", "in (0, 1), or None"]),
+        ({"kind": "top_p", "columns": 1.0}, ["columns=1.0", "in (0, 1)", "as an int"]),
+        ({"kind": "top_p", "columns": float("nan")}, ["columns=nan", "in (0, 1)"]),
+        ({"kind": "columns", "columns": 0.5}, ["columns=0.5", "an int from 0 to"]),
         ({"kind": "columns"}, ["columns=0", "'columns'", "at least 1"]),
         ({"kind": "sf_fixed", "boundary": "2d"}, ["'sf_fixed'", "raster order", "'none', 'k' or 'q'"]),
         ({"kind": "sf_fixed", "order": "site"}, ["'sf_fixed'", "order 'raster'"]),
