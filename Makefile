@@ -42,7 +42,7 @@ lint: $(READY)
 
 # mypy and import-linter walk folders, so they need the three floors laid out as one package.
 # The folders themselves are named too: a file that is taken away must go from there as well.
-$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py mmcompile/bench/*.py mmcompile/pictures/*.py passes/*.py kernels/*.py) mmcompile mmcompile/bench mmcompile/pictures passes kernels pyproject.toml
+$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py mmcompile/*/*.py passes/*.py kernels/*.py) mmcompile mmcompile/bench mmcompile/pattern_search mmcompile/pictures passes kernels pyproject.toml
 	@rm -rf build $@
 	@$(PY) -m pip install -q --no-deps --no-build-isolation --target $@ .
 	@rm -rf build

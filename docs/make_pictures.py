@@ -13,7 +13,8 @@ from mmcompile.drawing import save_drawing
 from mmcompile.kernels.attend import plan_attention
 from mmcompile.options import AUTO_DENSITY, AUTO_PATTERN
 from mmcompile.passes.record_attention import SeenAttention
-from mmcompile.pictures.attention_map import attention_map, draw_attention_map
+from mmcompile.pictures.attention_map import attention_map
+from mmcompile.pictures.draw_attention_map import draw_attention_map
 from mmcompile.pictures.recall_curve import draw_recall_curves, recall_curves, swept_patterns
 
 FRAMES, ROWS, COLUMNS = 24, 12, 16

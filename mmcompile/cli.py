@@ -15,6 +15,7 @@ from rich.markup import escape
 from mmcompile.bench.command import bench
 from mmcompile.console import out, progress_console, steps, write
 from mmcompile.errors import MMCompileError
+from mmcompile.pattern_search.command import search
 from mmcompile.pictures.command import plot
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(bench, name="bench")
+app.command()(search)
 app.add_typer(plot, name="plot")
 
 
@@ -187,20 +189,23 @@ def report(
     require_matplotlib()  # before minutes are spent
     import mmcompile
     from mmcompile.pictures.command import load, parse_patterns
-    from mmcompile.pictures.model_page import choose_heads, make_page, measure
+    from mmcompile.pictures.layers import architecture_of
+    from mmcompile.pictures.measure import choose_heads, measure
+    from mmcompile.pictures.model_page import make_page
     from mmcompile.pictures.page import render
 
     options = parse_patterns(patterns, density)
     passes = options.for_passes
     with steps(3) as step:
         loaded, inputs = load(step, model, options, video, frames, tokens, dtype, device)
+        architecture = architecture_of(loaded)
+        chosen = choose_heads(draw, architecture, passes["patterns"])
         step("trace and decide")
         explained = mmcompile.explain(loaded, **inputs, options=options)
-    chosen = choose_heads(draw, explained, passes["patterns"])
-    with steps(explained.sparse_count + len(chosen)) as step:
+    with steps(architecture.layers + len(chosen)) as step:
         found = measure(loaded, inputs, passes["patterns"], passes["density"], chosen, step)
     table = options.patterns if isinstance(options.patterns, mmcompile.PatternTable) else None
-    page = make_page(model, patterns, explained, found, table, loaded.device.type)
+    page = make_page(model, patterns, explained, found, chosen, table, loaded.device.type)
     write(out_path, render(page))
     error, layer, head = found.worst()
     out.print(

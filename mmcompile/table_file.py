@@ -53,6 +53,7 @@ def _pattern_schema() -> dict[str, Any]:
         else:
             kinds = {int: {"type": "integer", "minimum": 0}, float: _FIGURE, str: _TEXT}
             properties[name] = _or_null(_FIGURE) if value is None else kinds[type(value)]
+    properties["columns"] = _FIGURE  # a number of keys, or a share of them
     return _object(properties)
 
 

@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmcompile.bench.timing import time_call
 from mmcompile.kernels.attend import Planned
-from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.kernels.patterns import TILE, HeadPattern
 from mmcompile.pattern_search.candidates import REFERENCE, Sizing, capped
 from mmcompile.pattern_search.score import LayerAttention
 
 LEVELS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the wanted time, so that heads can give and take
 WANTED = LEVELS.index(1.0)
 TOLERANCE = 0.03  # of a time
-_MOST_SIZES = 3  # that are measured for one candidate and level
+_MOST_SIZES = 4  # that are measured for one candidate and level
 _REPEATS = 3
 _LEAD = 0.5  # ms of idling before a run: the host is done launching when the clock starts
 
@@ -99,9 +99,9 @@ def measure_costs(
     tokens = attention.seen.key.shape[2]
     measured = _Measured(attention)
     reference = REFERENCE if density is None else _of_density(attention, density)
-    wanted = measured.of(reference)
-    targets = tuple(level * wanted.ms for level in LEVELS)
-    dense = measured.of(HeadPattern())
+    wanted, dense = measured.of(reference), measured.of(HeadPattern())
+    # Whatever takes longer than dense serves nobody.
+    targets = tuple(min(level * wanted.ms, dense.ms) for level in LEVELS)
     sized = [Sized(-1, HeadPattern(), 0, dense.ms, dense.density)]
     for index, candidate in enumerate(candidates):
         step(str(candidate))
@@ -109,7 +109,8 @@ def measure_costs(
             continue
         density_below = -1.0
         sizes = _Sizes(measured, Sizing(candidate, tokens))
-        for level, target in enumerate(targets):
+        for target in dict.fromkeys(targets):
+            level = targets.index(target)
             found = sizes.bring_to(target, wanted.density * LEVELS[level])
             # Patterns of the paper may be one and the same at equal time, and a grid ends where its lines do.
             if found is None or found.density == density_below or any(found.pattern == one.pattern for one in sized):
@@ -170,24 +171,29 @@ class _Sizes:
         return min((point for _, point in self._points), key=lambda point: abs(point.ms - target), default=None)
 
     def _next(self, target: float, density: float) -> float:
-        """On the line through the measured sizes on both sides, else on that through the two nearest, some further."""
+        """On the line through the two measured sizes that are nearest in time, one on each side where there are."""
         low, high = self._sizing.bounds
         if not self._points:
             return self._sizing.first(density)
+        if len(self._points) == 1:
+            ((size, point),) = self._points
+            return min(max(size * target / point.ms, low), high)
         below = [one for one in self._points if one[1].ms <= target]
         above = [one for one in self._points if one[1].ms > target]
         if below and above and below[-1][0] < above[0][0]:
             (left, first), (right, last) = below[-1], above[0]
             share = (target - first.ms) / (last.ms - first.ms)
             return left + (right - left) * min(max(share, 0.1), 0.9)
-        size, point = below[-1] if below else above[0]
-        factor = target / point.ms
-        return min(max(size * factor ** (1.3 if factor > 1 else 1.7), low), high)
+        (left, first), (right, last) = self._points[-2:] if below else self._points[:2]
+        slope = (last.ms - first.ms) / (right - left)
+        size, point = (right, last) if below else (left, first)
+        outside = size + (target - point.ms) / slope if slope > 0 else high
+        return min(max(outside, low), high)
 
 
 def _of_density(attention: LayerAttention, density: float) -> HeadPattern:
     """The A-shape that computes this share of the tiles."""
-    sizing = Sizing(REFERENCE, attention.seen.key.shape[2])
+    sizing = Sizing(replace(REFERENCE, sink=TILE), attention.seen.key.shape[2])
     low, high = sizing.bounds
     for _ in range(12):
         middle = math.sqrt(low * high)

@@ -26,7 +26,7 @@ Video = Annotated[Path | None, typer.Option(help="Put this video in the prompt (
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames to take of the video; all by default.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one.")]
-Layer = Annotated[int, typer.Option(min=0, help="Which causal attention of the model, in the order they run.")]
+Layer = Annotated[int, typer.Option(min=0, help="Of the text decoder.")]
 Out = Annotated[Path, typer.Option("--out", help="PNG, SVG or PDF.")]
 
 
@@ -53,22 +53,26 @@ def attention(
 
     require_matplotlib()  # before minutes are spent
     from mmcompile.kernels.attend import plan_attention
-    from mmcompile.pictures.attention_map import attention_map, draw_attention_map, require_pool
-    from mmcompile.pictures.model_page import describe_sample, of_layer
-    from mmcompile.pictures.one_layer import seen_layer
+    from mmcompile.kernels.patterns import TILE
+    from mmcompile.pictures.attention_map import attention_map, require_pool
+    from mmcompile.pictures.draw_attention_map import draw_attention_map
+    from mmcompile.pictures.layers import describe_sample, seen_layer
+    from mmcompile.pictures.measure import of_layer
 
     require_pool(pool)
     options = parse_patterns(patterns, density)
-    with steps(4) as step:
+    with steps(3) as step:
         loaded, inputs = load(step, model, options, video, frames, tokens, dtype, device)
         step(f"run to layer {layer}")
         seen = seen_layer(loaded, inputs, layer)
-        _require_head(head, seen.query.shape[1])
-        step("pool the attention")
-        passes = options.for_passes
-        of_head = of_layer(passes["patterns"], passes["density"], layer, seen.query.shape[1])
+    heads, length = seen.query.shape[1:3]
+    _require_head(head, heads)
+    passes = options.for_passes
+    of_head = of_layer(passes["patterns"], passes["density"], layer, heads)
+    with steps(1 + -(-length // TILE)) as step:
+        step("plan")
         planned = plan_attention(seen.query, seen.key, of_head, seen.boundaries, **seen.mask)
-        drawn = attention_map(seen, planned, head, pool=pool)
+        drawn = attention_map(seen, planned, head, pool=pool, step=step)
     save_drawing(draw_attention_map(drawn, f"layer {layer}, head {head}: {of_head[head]}"), out_path)
     out.print(f"{describe_sample(seen)}.", highlight=False)
     out.print(
@@ -127,8 +131,7 @@ def recall(
     from mmcompile.drawing import require_matplotlib, save_drawing
 
     require_matplotlib()
-    from mmcompile.pictures.model_page import describe_sample
-    from mmcompile.pictures.one_layer import seen_layer
+    from mmcompile.pictures.layers import describe_sample, seen_layer
     from mmcompile.pictures.recall_curve import draw_recall_curves, recall_curves, swept_patterns
 
     with steps(3 + len(swept_patterns(tokens))) as step:

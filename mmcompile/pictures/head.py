@@ -16,8 +16,8 @@ from mmcompile.passes.record_attention import SeenAttention
 class Head:
     """Queries and keys of one head of one sequence, in token order.
 
-    query: [Sq, D], key: [Sk, D]. query_tags: int32 [3, Sq], key_tags: int32 [3, Sk], of the mask, with window, segments
-    and spans as `element_mask` takes them. scale: of the scores.
+    query: [Sq, D], key: [Sk, D], float32. query_tags: int32 [3, Sq], key_tags: int32 [3, Sk], of the mask, with window,
+    segments and spans as `element_mask` takes them. scale: of the scores.
     """
 
     query: Tensor
@@ -39,8 +39,8 @@ class Head:
             None if part is None else part.expand(len(seen.query), -1)[batch : batch + 1] for part in parts
         )
         return cls(
-            seen.query[batch, head],
-            seen.key[batch, head // (heads // kv_heads)],
+            seen.query[batch, head].float(),
+            seen.key[batch, head // (heads // kv_heads)].float(),
             query_tags(1, query_length, seen.query_offset, of_query, span_of_query, device)[0],
             key_tags(1, key_length, valid, of_key, span_of_key, device)[0],
             seen.scale,
@@ -55,7 +55,7 @@ class Head:
 
     def weights(self, queries: Tensor, allowed: Tensor) -> Tensor:
         """The softmax of some queries over their allowed keys, float32 [R, Sk]; 0 in a row that has none."""
-        scores = self.query[queries].float() @ self.key.float().T * self.scale  # [R, Sk]
+        scores = self.query[queries] @ self.key.T * self.scale  # [R, Sk]
         scores.masked_fill_(~allowed, float("-inf"))
         return scores.softmax(-1).masked_fill_(~allowed.any(-1, keepdim=True), 0.0)
 

@@ -37,7 +37,7 @@ def draw_head_map(
 ) -> Figure:
     """Patterns, and a panel for each of the figures, as a matplotlib figure.
 
-    layers: `[layer][head]`. figures: name to `[layer][head]`; what is not positive or not finite stays blank.
+    layers: `[layer][head]`. figures: name to `[layer][head]`; what is not finite stays blank.
     """
     from matplotlib.figure import Figure
 
@@ -86,15 +86,15 @@ def _draw_patterns(figure: Any, axis: Any, layers: Sequence[Sequence[HeadPattern
 def _draw_figures(figure: Any, axis: Any, name: str, values: np.ndarray) -> None:
     from matplotlib.colors import LogNorm
 
-    shown = np.ma.masked_where(~(np.isfinite(values) & (values > 0)), values)
+    known, positive = np.isfinite(values), values[np.isfinite(values) & (values > 0)]
     axis.set_title(name, fontsize=10)
-    axis.set_facecolor("#eeeeee")
-    if shown.count() == 0:
-        axis.text(0.5, 0.5, "not known", ha="center", transform=axis.transAxes)
+    axis.set(facecolor="#eeeeee", xlim=(-0.5, values.shape[1] - 0.5))
+    if not positive.size:
+        axis.text(0.5, 0.5, "0 everywhere" if known.all() else "not known", ha="center", transform=axis.transAxes)
         return
-    # A scale of one value would be none.
-    low, high = float(shown.min()), float(shown.max())
-    norm = LogNorm(low / 1.05, high * 1.05)
+    low, high = float(positive.min()), float(positive.max())
+    shown = np.ma.masked_where(~known, np.maximum(values, low))  # 0 has no place on a logarithmic scale
+    norm = LogNorm(low / 1.05, high * 1.05)  # a scale of one value would be none
     image = axis.imshow(shown, cmap="cividis", norm=norm, aspect="auto")
     _draw_grid(axis, *values.shape)
     bar = figure.colorbar(image, ax=axis, fraction=0.06, pad=0.02)

@@ -12,7 +12,7 @@ from mmcompile import demo as demo_module
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "moving_shapes.mp4"
-COMMANDS = ("demo", "explain")
+COMMANDS = ("demo", "explain", "search")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import mmcompile
 from mmcompile import HeadPattern, PatternTable, cli
 from mmcompile.architecture import Architecture
-from mmcompile.tables import HeadFinding
+from mmcompile.tables import FrontPoint, HeadFinding, Sample
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "moving_shapes.mp4"
@@ -35,9 +35,10 @@ def model_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / "table.json"
-    found = tuple(HeadFinding(0.1 * (head + 1), 0.2, 3.5, held_out=0.3) for head in range(4))
-    model = tiny_qwen2_5_vl()
-    PatternTable((PATTERNS, PATTERNS), Architecture.of(model), (found, found)).save(path)
+    front = tuple(FrontPoint(pattern, 1.0 + i, 0.2, 0.4 - 0.1 * i) for i, pattern in enumerate(PATTERNS))
+    found = tuple(HeadFinding(point.error, 0.2, point.ms, held_out=0.3, front=front) for point in front)
+    samples = (Sample("holiday.mp4", 600), Sample("other.mp4", 600, held_out=True))
+    PatternTable((PATTERNS, PATTERNS), Architecture.of(tiny_qwen2_5_vl()), (found, found), samples).save(path)
     return str(path)
 
 
@@ -108,13 +109,16 @@ def test_a_report_of_a_table_opens_in_a_browser(model_path, table_path, tmp_path
     assert "2 layers, 4 pictures of heads" in said and "Next:" in said
     page = open_page(target)
     sizes = page.pictures()
-    assert len(sizes) == 1 + 2 * 2 and all(width > 300 and height > 200 for width, height, _ in sizes)
+    assert len(sizes) == 1 + 2 * 2 + 2 and all(width > 300 and height > 200 for width, height, _ in sizes)
     texts = [text for *_, text in sizes]
     assert all(len(text) > 50 for text in texts) and "Layer 0, head 2: top_p" in texts[1]
+    assert "Front of Layer 1, head 0: grid" in texts[-1]
+    expect(page.tab.locator("header")).to_contain_text("holiday.mp4")
+    expect(page.tab.locator("header")).to_contain_text("0.3 on other.mp4; transfer loss +20.0%")
 
     assert page.column(0) == ["0"] * 4 + ["1"] * 4 and page.column(1) == [*"0123"] * 2
     assert page.column(2) == [str(pattern) for pattern in PATTERNS] * 2
-    assert page.column(6) == ["0.1", "0.2", "0.3", "0.4"] * 2 and page.column(7) == ["0.3"] * 8
+    assert page.column(6) == ["0.4", "0.3", "0.2", "0.1"] * 2 and page.column(7) == ["0.3"] * 8
     page.head("error").get_by_role("button").click()
     expect(page.head("error")).to_have_attribute("aria-sort", "ascending")
     errors = [float(error) for error in page.column(5)]
@@ -140,7 +144,7 @@ def test_a_report_of_auto_without_pictures_of_heads(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("plot", "attention", "--layer", "2", "--head", "0"), "--layer 2: this prefill has 2 causal attentions"),
+        (("plot", "attention", "--layer", "2", "--head", "0"), "--layer 2: the model has layers 0 to 1"),
         (("plot", "attention", "--layer", "0", "--head", "4"), "--head 4: the layer has heads 0 to 3"),
         (("plot", "attention", "--layer", "0", "--head", "0", "--pool", "sum"), "pool='sum': must be one of max, mean"),
         (("plot", "attention", "--layer", "0", "--head", "0", "--density", "2"), "density=2.0: must be"),
@@ -190,7 +194,7 @@ def test_without_matplotlib_is_one_clear_error_before_anything_else(fail, monkey
 
 def test_the_drawn_model_is_left_as_it_was(model_path):
     from mmcompile.huggingface import example_inputs, load_model
-    from mmcompile.pictures.one_layer import seen_layer
+    from mmcompile.pictures.layers import seen_layer
 
     model = load_model(model_path, device="cpu")
     inputs = example_inputs(model, tokens=200)

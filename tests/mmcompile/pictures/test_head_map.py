@@ -47,17 +47,18 @@ def test_each_head_has_its_colour_letters_and_figures():
     written = {text.get_position(): text.get_text() for text in patterns.texts if text.get_text()}
     assert written == {(2, 0): "s", (0, 1): "a", (1, 1): "s2"}
     values = densities.get_images()[0].get_array()
-    np.testing.assert_array_equal(values.mask, [[False, False, True], [False, False, True]])
-    assert values.compressed().tolist() == [1.0, 0.1, 0.2, 0.05]
+    np.testing.assert_array_equal(values.mask, [[False, False, True], [False, False, False]])
+    assert values.compressed().tolist() == [1.0, 0.1, 0.2, 0.05, 0.05]  # 0 as the least of the others
     (legend,) = figure.legends
     told = [text.get_text() for text in legend.get_texts()]
     assert told[:4] == ["dense", "a_shape", "grid", "top_p"]
     assert set(told[4:]) == {"by site", "raster or site", "queries and keys by modality"}
 
 
-def test_figures_that_nobody_knows():
-    figure = draw_head_map(LAYERS, {"error": [[math.nan] * 3] * 2}, "")
-    assert [text.get_text() for text in figure.axes[1].texts] == ["not known"]
+@pytest.mark.parametrize(("value", "says"), [(math.nan, "not known"), (0.0, "0 everywhere")])
+def test_figures_without_a_scale(value, says):
+    figure = draw_head_map(LAYERS, {"error": [[value] * 3] * 2}, "")
+    assert [text.get_text() for text in figure.axes[1].texts] == [says]
 
 
 def test_a_large_model_is_drawn_without_letters():
