@@ -210,10 +210,10 @@ def _plan_rows(
     """
     dense = density == 1.0
     estimated = pattern.needs_data and not dense
+    most_columns = int(pattern.most_columns(scene.key_modality.shape[1]))
     seen: Sighting | None = None
     if pattern.kind == "top_p" and estimated:
-        columns = pattern.most_columns(scene.key_modality.shape[1])
-        rows, seen = choose_orders(scene, tuple(heads), pairs, pattern.by_site, columns, density)
+        rows, seen = choose_orders(scene, tuple(heads), pairs, pattern.by_site, most_columns, density)
     else:
         choice = torch.zeros_like(one.query_row, dtype=torch.int64)
         rows = Rows(scene, tuple(heads), pairs, pattern.by_site[: len(pairs)], choice)
@@ -232,7 +232,7 @@ def _plan_rows(
     hot_tiles = None if columns is None else columns.hot_tiles()
     list_tiles(layout, wanted.levels, cut, hot_tiles, one.counts, one.tiles)
     if pattern.kind == "columns" and not dense:
-        own = list_own_keys(rows, layout, pattern.columns, _affordable(layout, density, pattern.columns))
+        own = list_own_keys(rows, layout, most_columns, _affordable(layout, density, most_columns))
         _write(one.columns, own.slots)
         one.counts[..., 3] = own.first
         _write(one.counts[..., 4], own.counts)
@@ -363,7 +363,7 @@ def _column_room(
             case "vertical_slash":
                 own: int | SymInt = pattern.vertical
             case "columns":
-                own = query_tiles * pattern.columns
+                own = query_tiles * pattern.most_columns(key_length)
             case "sf_fixed":
                 own = block_end_count(key_length)
             case _:

@@ -132,3 +132,46 @@ def test_recording_uses_bound_boundaries(model):
     with mmcompile.bind(boundaries):
         record(model, {"input_ids": torch.arange(300)[None]}, visit)
     assert all(grid[1] == [4, 8, 8] for grid in told) and len(told) == 3
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(16, 3 * 16)
+
+    def heads(self, x):
+        return self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x):
+        return (
+            torch.nn.functional.scaled_dot_product_attention(*self.heads(x), is_causal=True).transpose(1, 2).flatten(2)
+        )
+
+
+class Broken(torch.nn.Module):
+    """Layers with a graph break between them: one compiled graph may serve them all, and no name in it tells which."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+@torch.no_grad()
+def test_layers_apart_by_graph_breaks_are_seen_in_the_order_in_which_they_run():
+    model, x = Broken(), torch.randn(1, 200, 16)
+    queries = []
+
+    def visit(attention):
+        queries.append(attention.query)
+        return LayerAttention(attention).output
+
+    record(model, {"x": x}, visit)
+    for layer, query in zip(model.layers, queries, strict=True):
+        torch.testing.assert_close(query, layer.heads(x)[0])
+        x = layer(x)
