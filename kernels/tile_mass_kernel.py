@@ -320,7 +320,7 @@ def tile_log_mass(sampled: SampledRows, cold: Tensor | None, config: Config | No
     config: launch shape of the portable kernel, for tests and measurements: it runs that one everywhere.
     """
     sampled = sampled._replace(query=unit_columns(sampled.query), key=unit_columns(sampled.key))
-    if config is None and sampled.slots.numel() > 0 and hopper_support.takes(sampled.query, sampled.key):
+    if config is None and hopper_support.estimates(sampled.query, sampled.key, sampled.slots.numel()):
         # Imported where it runs: another version of Triton may have no Gluon, or another one.
         from mmcompile.kernels import tile_mass_hopper
 

@@ -81,11 +81,14 @@ def sampled_rows(
 
 
 def check_tile_log_mass(rows: SampledRows, cold: Tensor | None) -> None:
-    """The kernel that runs there, and the portable one."""
+    """The portable kernel, and the Hopper one where it runs."""
     expected = tile_mass.tile_log_mass_cpu(rows, cold)
-    torch.testing.assert_close(tile_mass_kernel.tile_log_mass(rows, cold), expected, **CLOSE)
     config = tile_mass_kernel.launch_config(rows.query)
     torch.testing.assert_close(tile_mass_kernel.tile_log_mass(rows, cold, config), expected, **CLOSE)
+    if hopper_support.takes(rows.query, rows.key):
+        from mmcompile.kernels import tile_mass_hopper
+
+        torch.testing.assert_close(tile_mass_hopper.launch(rows, cold), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +204,8 @@ def test_the_hopper_kernel_runs_where_it_was_measured() -> None:
     assert hopper_support.takes(rows.query, rows.key)
     assert not hopper_support.takes(rows.query[:, :, :, 1:], rows.key[:, :, :, 1:])
     assert not hopper_support.takes(rows.query.float(), rows.key.float())
+    assert hopper_support.estimates(rows.query, rows.key, samples=2**18)
+    assert not hopper_support.estimates(rows.query, rows.key, samples=rows.slots.numel())  # a launch of microseconds
 
 
 def check_shares(log_mass: Tensor) -> None:
