@@ -220,6 +220,19 @@ def test_an_input_that_is_written_to():
 
 
 @torch.no_grad()
+def test_autocast_is_what_it_was_when_the_graph_was_traced():
+    model = Decoder(layers=1)
+    run = run_of(model, "aot_eager")
+    for length in (600, 700, 200, 900, 130):
+        x = tokens(length)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, expected = run(x), model(x)
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(run(x), model(x), **TOLERANCE)
+
+
+@torch.no_grad()
 def test_two_threads_compile_the_other_side_once():
     model = Decoder()
     run = run_of(model)
