@@ -70,6 +70,7 @@ def _column_mass_kernel(
     log_total,
     own_tile,
     output,
+    counts,
     query_batch_stride,
     query_head_stride,
     query_row_stride,
@@ -124,6 +125,7 @@ def _column_mass_kernel(
     log_total += row * samples + group * of_group
     own_tile += row * samples + group * of_group
     output += (row * groups + group) * key_length
+    counts += (row * groups + group) * key_length
 
     # The first and last query that counts, and the tiles that some of them are too close to.
     index = tl.arange(0, RUN)
@@ -158,12 +160,12 @@ def _column_mass_kernel(
     unseen = (inside & ~may)[:, None] & (of_run < key_length)
     tl.store(output + of_run, tl.zeros([RUN, TILE], tl.float32), mask=unseen)
 
-    todo = as_bits(may, index)
     near = as_bits(close > 0, index)
-    sample = tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    count = tl.zeros([BLOCK_M], tl.float32)
-    if ONE_BLOCK:
+    SPLIT: tl.constexpr = TILE // BLOCK_M
+    for block in range(blocks):
+        if not ONE_BLOCK:
+            tl.debug_barrier()  # what one thread leaves of a block another may add to
+        sample = block * BLOCK_N + tl.arange(0, BLOCK_N)
         q, shift, q_position, q_segment, q_span = _load_counted(
             query,
             query_order,
@@ -179,66 +181,52 @@ def _column_mass_kernel(
             SEGMENTS,
             SPANS,
         )
-    SPLIT: tl.constexpr = TILE // BLOCK_M
-    for step in range(tl.sum(may.to(tl.int32)) * SPLIT * blocks):
-        next_tile, bit = lowest_bit(todo)
-        block = step % blocks
-        part = step // blocks % SPLIT
-        start = (first_tile + next_tile) * TILE + part * BLOCK_M
-        slot = start + tl.arange(0, BLOCK_M)
-        k_position = tl.load(key_positions + slot)
-        k_segment, k_span = load_mask_tags(key_tags, k_position, slot, slot < key_length, key_length, SEGMENTS, SPANS)
-        k = load_keys(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
-        if not ONE_BLOCK:
-            sample = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            q, shift, q_position, q_segment, q_span = _load_counted(
-                query,
-                query_order,
-                query_tags,
-                slots,
-                log_total,
-                sample,
-                of_group,
-                query_row_stride,
-                query_length,
-                D,
-                BLOCK_D,
+        todo = as_bits(may, index)
+        for step in range(tl.sum(may.to(tl.int32)) * SPLIT):
+            next_tile, bit = lowest_bit(todo)
+            start = (first_tile + next_tile) * TILE + step % SPLIT * BLOCK_M
+            slot = start + tl.arange(0, BLOCK_M)
+            k_position = tl.load(key_positions + slot)
+            k_segment, k_span = load_mask_tags(
+                key_tags, k_position, slot, slot < key_length, key_length, SEGMENTS, SPANS
+            )
+            k = load_keys(key, batch, copy, start, key_row_stride, key_length, D, BLOCK_M, BLOCK_D, DESCRIPTOR)
+            # Keys are the rows of the product, so that a key's sum over samples stays within a warp.
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+            # A row that does not count sees nothing: no key lies at or before position -1.
+            position = q_position
+            span = q_span
+            if (near & bit) != 0:
+                own = tl.load(own_tile + sample, mask=sample < of_group, other=-1)
+                is_far = (first_tile + next_tile <= own - skip_tiles) | (first_tile + next_tile > own)
+                position = tl.where(is_far, position, -1)
+                span = tl.where(is_far, span, -1)
+            # Samples stand all over the sequence, so that few tiles are seen by all of them, or by none.
+            allowed = element_allowed(
+                position[None, :],
+                q_segment[None, :],
+                span[None, :],
+                k_position[:, None],
+                k_segment[:, None],
+                k_span[:, None],
+                window,
+                WINDOW,
                 SEGMENTS,
                 SPANS,
             )
-        # Keys are the rows of the product, so that a key's sum over samples stays within a warp.
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        # A row that does not count sees nothing: no key lies at or before position -1.
-        position = q_position
-        span = q_span
-        if (near & bit) != 0:
-            own = tl.load(own_tile + sample, mask=sample < of_group, other=-1)
-            is_far = (first_tile + next_tile <= own - skip_tiles) | (first_tile + next_tile > own)
-            position = tl.where(is_far, position, -1)
-            span = tl.where(is_far, span, -1)
-        # Samples stand all over the sequence, so that few tiles are seen by all of them, or by none.
-        allowed = element_allowed(
-            position[None, :],
-            q_segment[None, :],
-            span[None, :],
-            k_position[:, None],
-            k_segment[:, None],
-            k_span[:, None],
-            window,
-            WINDOW,
-            SEGMENTS,
-            SPANS,
-        )
-        scores = tl.where(allowed, tl.math.fma(scores, scale_log2, -shift[None, :]), float("-inf"))
-        weights = tl.sum(tl.math.exp2(scores), 1)
-        seen = tl.sum(allowed.to(tl.float32), 1)
-        if ONE_BLOCK:
-            tl.store(output + slot, weights / tl.maximum(seen, 1.0), mask=slot < key_length)
-        else:  # what all blocks but the last leave there is not the mean yet
-            total = weights + tl.where(block == 0, 0.0, total)
-            count = seen + tl.where(block == 0, 0.0, count)
-            tl.store(output + slot, total / tl.maximum(count, 1.0), mask=slot < key_length)
-        todo = tl.where(step % (SPLIT * blocks) == SPLIT * blocks - 1, todo ^ bit, todo)
+            scores = tl.where(allowed, tl.math.fma(scores, scale_log2, -shift[None, :]), float("-inf"))
+            weights = tl.sum(tl.math.exp2(scores), 1)
+            seen = tl.sum(allowed.to(tl.float32), 1)
+            if ONE_BLOCK:
+                weights = weights / tl.maximum(seen, 1.0)
+            else:  # what all blocks but the last leave is not the mean yet
+                later = (slot < key_length) & (block > 0)
+                weights += tl.load(output + slot, mask=later, other=0.0)
+                seen += tl.load(counts + slot, mask=later, other=0.0)
+                tl.store(counts + slot, seen, mask=slot < key_length)
+                weights = tl.where(block == blocks - 1, weights / tl.maximum(seen, 1.0), weights)
+            tl.store(output + slot, weights, mask=slot < key_length)
+            todo = tl.where(step % SPLIT == SPLIT - 1, todo ^ bit, todo)
 
 
 @triton.jit
@@ -284,6 +272,7 @@ def column_mass(
         return output.zero_()
     key_tiles = tile_count(key_length)
     run = min(RUN, max(1, batch * plans * groups * key_tiles // ENOUGH_PROGRAMS))
+    one_block = samples // groups <= config.block_n
     query, key = unit_columns(sampled.query), unit_columns(sampled.key)
     descriptor = takes_descriptors(key)
     with torch.cuda.device_of(key):
@@ -296,6 +285,7 @@ def column_mass(
             log_total.contiguous(),
             own_tile.contiguous(),
             output,
+            output if one_block else torch.empty_like(output),  # not read where one block is all
             *query.stride()[:3],
             *key.stride()[:3],
             *lengths(sampled),
@@ -307,7 +297,7 @@ def column_mass(
             TILE=TILE,
             RUN=RUN,
             DESCRIPTOR=descriptor,
-            ONE_BLOCK=samples // groups <= config.block_n,
+            ONE_BLOCK=one_block,
             **launch_shape(sampled, config),
         )
     return output
@@ -317,4 +307,5 @@ def column_config(query: Tensor, samples: int) -> Config:
     """Launch shape for queries [B, H, Sq, D] of which `samples` are multiplied with each key: no more columns of the
     product than these need, and no more than leave room for what is known of each sample in registers."""
     config = launch_config(query)
-    return config._replace(block_n=min(config.block_n, 64, max(16, triton.next_power_of_2(samples))))
+    most = 64 if samples <= 64 else 32  # what is added up from block to block takes registers too
+    return config._replace(block_n=min(config.block_n, most, max(16, triton.next_power_of_2(samples))))

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import TileBounds
 from mmcompile.kernels.tile_list import Layout, Streamed
+from mmcompile.kernels.tile_mass import mean_shares
 
 OCTAVE = 16  # levels in a factor of two of attention
 MASS_LEVELS = 256
@@ -59,9 +60,10 @@ class MassLevels:
     def put(self, rows: slice, mass: Tensor) -> None:
         """mass: float32 [N, rows, nK], shares of all attention."""
         if mass.device.type == "cuda":
-            from mmcompile.kernels import tile_list_kernel
+            # Triton is imported for a GPU only.
+            from mmcompile.kernels import levels_kernel
 
-            tile_list_kernel.put_mass(self.layout, rows, mass, self.whole, self.levels, OCTAVE, MASS_LEVELS)
+            levels_kernel.put(self, rows, mass)
         else:
             self.put_cpu(rows, mass)
 
@@ -76,6 +78,25 @@ class MassLevels:
             .nan_to_num_(MASS_LEVELS - 1)
         )
         self.levels[:, rows] = level.to(torch.int16)
+
+    def put_samples(self, rows: slice, log_mass: Tensor, of_columns: Tensor | None, samples: int) -> Tensor | None:
+        """Shares by some queries of each tile, averaged. What columns hold of it: float32 [N, rows], or None.
+
+        log_mass: float32 [N, samples * rows, nK], the logarithm of what each has on each tile. of_columns: float32
+        [N, samples * rows], of what it has in columns, or None where there are none.
+        """
+        if log_mass.device.type == "cuda":
+            from mmcompile.kernels import levels_kernel
+
+            return levels_kernel.put_samples(self, rows, log_mass, of_columns, samples)
+        return self.put_samples_cpu(rows, log_mass, of_columns, samples)
+
+    def put_samples_cpu(self, rows: slice, log_mass: Tensor, of_columns: Tensor | None, samples: int) -> Tensor | None:
+        """`put_samples` in torch operations."""
+        in_columns = torch.full_like(log_mass[..., 0], float("-inf")) if of_columns is None else of_columns
+        mass, held = mean_shares(log_mass, in_columns, samples)
+        self.put_cpu(rows, mass)
+        return None if of_columns is None else held
 
     def of(self, rows: slice) -> Tensor:
         return self.levels[:, rows]

@@ -20,7 +20,7 @@ from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern, Order, dec
 from mmcompile.kernels.places import block_length, chosen, place
 from mmcompile.kernels.probes import Measured, Sighting, choose_orders
 from mmcompile.kernels.scene import Pair, Rows, Scene
-from mmcompile.kernels.scores import antidiagonal_mass, pooled_mass, sampled_chunks, sampled_mass
+from mmcompile.kernels.scores import SAMPLES, antidiagonal_mass, pooled_mass, sampled_chunks, sampled_mass
 from mmcompile.kernels.single_keys import Columns, block_end_count, block_ends, list_own_keys
 from mmcompile.kernels.tile_bounds import TileBounds, tile_count
 from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places, find_cut, list_tiles
@@ -301,17 +301,16 @@ def _most_attended(
     """Kind "top_p"."""
     columns = None if seen is None else seen.columns
     levels = MassLevels(layout, density)
-    held = []
+    held: list[Tensor | None] = []
     if pattern.scores == "sampled":
         for part in sampled_chunks(layout):
-            mass, of_columns = sampled_mass(rows, layout, part, columns)
-            held.append(of_columns)
-            levels.put(part, mass)
+            held.append(levels.put_samples(part, *sampled_mass(rows, part, columns), SAMPLES))
     else:
         for part in layout.chunks():
             mass = {"pooled": pooled_mass, "antidiagonal": antidiagonal_mass}[pattern.scores](rows, layout, part)
             levels.put(part, mass)
-    return _Wanted(levels, columns, torch.cat(held, 1) if held else None)
+    of_columns = [part for part in held if part is not None]
+    return _Wanted(levels, columns, torch.cat(of_columns, 1) if of_columns else None)
 
 
 def _target(pattern: HeadPattern, recall: float | None) -> float | None:

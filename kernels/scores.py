@@ -1,6 +1,6 @@
 """Estimates of the attention that each query tile puts on each key tile: what "top_p" keeps the most of.
 
-Each function returns, for some query tiles, the share of each key tile: float [N, rows, nK], 0 for empty tiles.
+All but `sampled_mass` return, for some query tiles, the share of each key tile: float [N, rows, nK], 0 for empty tiles.
 """
 
 from functools import lru_cache
@@ -14,7 +14,6 @@ from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tags import INVALID
 from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
-from mmcompile.kernels.tile_mass import mean_shares
 
 SAMPLES = 3  # queries of a tile
 BETWEEN = TILE // 4  # row of the one that is neither first nor last, which `scattered` moves on from tile to tile
@@ -42,17 +41,15 @@ def sampled_chunks(layout: Layout) -> list[slice]:
     return [slice(start, min(start + step, query_tiles)) for start in range(0, query_tiles, step)]
 
 
-def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor]:
-    """Exact attention of the samples of each tile, averaged; and what of it the columns hold, float [N, rows]."""
+def sampled_mass(of: Rows, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor | None]:
+    """Exact attention of the samples of each tile: the logarithm of what each has on each key tile, float
+    [N, SAMPLES * rows, nK], and of what it has in columns, [N, SAMPLES * rows], or None where there are none."""
     scene = of.scene
-    samples = sample_slots(scene.query_tiles, scene.query_modality.shape[1], layout.pair.device)
+    samples = sample_slots(scene.query_tiles, scene.query_modality.shape[1], of.choice.device)
     slot = samples[:, rows].flatten().expand(of.rows, -1)
-    log_mass = of.tile_log_mass(slot, None if columns is None else columns.cold)
     if columns is None:
-        in_columns = torch.full(slot.shape, float("-inf"), device=slot.device)
-    else:
-        in_columns = of.slots_log_mass(slot, columns.slots, columns.listed)
-    return mean_shares(log_mass, in_columns, SAMPLES)
+        return of.tile_log_mass(slot, None), None
+    return of.tile_log_mass(slot, columns.cold), of.slots_log_mass(slot, columns.slots, columns.listed)
 
 
 def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:

@@ -102,10 +102,30 @@ def _scores_kernel(
     tl.store(target, found, mask=(entry < keys)[None, :])
 
 
+@triton.jit(do_not_specialize=["parts"])
+def _log_totals_kernel(log_sums, log_totals, parts, ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """The logarithm of each row's sum over all blocks of keys, of one head. log_sums: [planes, parts, ROWS]."""
+    plane = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, ROWS)
+    part = tl.arange(0, PARTS)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, parts, PARTS):
+        source = log_sums + (plane * parts + start + part)[:, None] * ROWS + index[None, :]
+        log_sum = tl.load(source, mask=(start + part < parts)[:, None], other=float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(log_sum, 0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.math.exp2(maximum - shift) + tl.sum(tl.math.exp2(log_sum - shift[None, :]), 0)
+        maximum = new_maximum
+    # A row that sees no key has no weights.
+    log_total = tl.where(maximum == float("-inf"), 0.0, maximum + tl.math.log2(tl.maximum(total, 1.0)))
+    tl.store(log_totals + plane * ROWS + index, log_total)
+
+
 @triton.jit(do_not_specialize=["rows", "keys", "query_length", "key_length", "offset", "near"])
 def _profile_kernel(
     scores,
-    log_sums,
+    log_totals,
     last,
     by_distance,
     by_key,
@@ -118,8 +138,6 @@ def _profile_kernel(
     near,
     MODALITIES: tl.constexpr,
     ROWS: tl.constexpr,
-    SCORED: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Weights of one head, summed over the rows at some distances, and averaged over them at some keys."""
@@ -127,20 +145,7 @@ def _profile_kernel(
     block = tl.program_id(0) % blocks
     plane = (tl.program_id(0) // blocks).to(tl.int64)
     index = tl.arange(0, ROWS)
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    scored = tl.cdiv(keys, SCORED)
-    part = tl.arange(0, PARTS)
-    for start in range(0, scored, PARTS):
-        source = log_sums + (plane * scored + start + part)[:, None] * ROWS + index[None, :]
-        log_sum = tl.load(source, mask=(start + part < scored)[:, None], other=float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(log_sum, 0))
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        total = total * tl.math.exp2(maximum - shift) + tl.sum(tl.math.exp2(log_sum - shift[None, :]), 0)
-        maximum = new_maximum
-    # A row that sees no key has no weights.
-    log_total = tl.where(maximum == float("-inf"), 0.0, maximum + tl.math.log2(tl.maximum(total, 1.0)))
-
+    log_total = tl.load(log_totals + plane * ROWS + index)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     scores += plane * ROWS * keys
     inside = (index < rows)[:, None] & (entry < keys)[None, :]
@@ -253,6 +258,7 @@ def profiles(
     blocks = triton.cdiv(keys, block_keys)
     scores = torch.empty(batch * heads, padded, keys, dtype=torch.float32, device=query.device)
     log_sums = scores.new_empty(batch * heads, blocks, padded)
+    log_totals = scores.new_empty(batch * heads, padded)
     by_distance = scores.new_empty(batch, heads, keys + 1)
     by_key = scores.new_empty(batch, heads, keys)
     sizes = rows, keys, query_length, key.shape[2], offset
@@ -277,9 +283,10 @@ def profiles(
             BLOCK_D=padded_head_dim(width),
             num_warps=8,
         )
+        _log_totals_kernel[(batch * heads,)](log_sums, log_totals, blocks, ROWS=padded, PARTS=PARTS)
         _profile_kernel[(batch * heads * triton.cdiv(keys, BLOCK),)](
             scores,
-            log_sums,
+            log_totals,
             last,
             by_distance,
             by_key,
@@ -288,8 +295,6 @@ def profiles(
             near,
             MODALITIES=MODALITIES,
             ROWS=padded,
-            SCORED=block_keys,
-            PARTS=PARTS,
             BLOCK=BLOCK,
             num_warps=8,
         )

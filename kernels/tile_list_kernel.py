@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels/tile_list.py` and `MassLevels`, and their launches.
+"""Triton kernels of `kernels/tile_list.py`, and their launches.
 
 One program walks the key tiles of one query tile of one plan row, a step of them at a time: it reads the class of each
 tile, makes its level and either counts it or lists it. Nothing of a tile is kept from one kernel to the next: making a
@@ -29,7 +29,7 @@ class Steps(NamedTuple):
         return {"num_warps": self.warps, "enable_fp_fusion": False}
 
 
-PUT, COUNT, LIST = Steps(512, 4), Steps(512, 4), Steps(256, 1)
+COUNT, LIST = Steps(512, 4), Steps(256, 1)
 QUERY_TILES = 8  # query tiles that one program counts the levels of
 SUMMED = 1024  # counts of earlier query tiles that are added up in one step
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
@@ -145,47 +145,6 @@ def _sum_before(values, count, SUMMED: tl.constexpr):
         index = start + tl.arange(0, SUMMED)
         total += tl.load(values + index, mask=index < count, other=0)
     return tl.sum(total)
-
-
-@triton.jit(do_not_specialize=["part", "first_row", "query_tiles", "key_tiles", "whole"])
-def _put_mass_kernel(
-    mass, levels, classes, pair, part, first_row, query_tiles, key_tiles, whole,
-    OCTAVE: tl.constexpr, LEVELS: tl.constexpr, NON_EMPTY: tl.constexpr, KEY_TILES: tl.constexpr,
-):  # fmt: skip
-    """mass: float32 [N, part, nK], of the query tiles from `first_row`. levels: int16 [N, nQ, nK]."""
-    program = tl.program_id(0).to(tl.int64)
-    n = program // part
-    query_tile = first_row + program % part
-    mass += program * key_tiles
-    levels += (n * query_tiles + query_tile) * key_tiles
-    classes += (tl.load(pair + n) * query_tiles + query_tile) * key_tiles
-    choices = tl.zeros([KEY_TILES], tl.int32)
-    for start in range(0, key_tiles, KEY_TILES):
-        tile = start + tl.arange(0, KEY_TILES)
-        here = tl.load(classes + tile, mask=tile < key_tiles, other=0)
-        choices += _has(here, NON_EMPTY).to(tl.int32)
-    choice = tl.div_rn(tl.sum(choices).to(tl.float32), key_tiles.to(tl.float32))
-    for start in range(0, key_tiles, KEY_TILES):
-        tile = start + tl.arange(0, KEY_TILES)
-        some = _has(tl.load(classes + tile, mask=tile < key_tiles, other=0), NON_EMPTY)
-        share = tl.load(mass + tile, mask=some, other=0.0) * choice
-        step = -OCTAVE * tl.log2(tl.where(choice < whole, 1.0, share))
-        # What is not a number is next to nothing, like no attention at all.
-        level = tl.where(step < LEVELS - 1, tl.maximum(step, 0.0), LEVELS - 1)
-        tl.store(levels + tile, level.to(tl.int16), mask=some)
-
-
-def put_mass(layout: Layout, rows: slice, mass: Tensor, whole: float, levels: Tensor, octave: int, count: int) -> None:
-    """`MassLevels.put`. mass: float32 [N, rows, nK]. levels: int16 [N, nQ, nK], `octave` of them in a factor of two and
-    `count` in all; 0 for query tiles that may choose from less than `whole` of the tiles. Empty tiles get none."""
-    n, query_tiles, key_tiles = layout.shape
-    part = rows.stop - rows.start
-    mass = mass.contiguous()
-    with torch.cuda.device_of(mass):
-        _put_mass_kernel[(n * part,)](
-            mass, levels, layout.places.classes, layout.pair, part, rows.start, query_tiles, key_tiles, whole,
-            octave, count, NON_EMPTY, PUT.key_tiles, **PUT.options,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "recall"])

@@ -145,23 +145,10 @@ def tile_shares(log_mass: Tensor) -> tuple[Tensor, Tensor]:
     return tile_shares_cpu(log_mass)
 
 
-def mean_shares(log_mass: Tensor, of_columns: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Softmax over tiles and columns together, and its mean over the samples of a query tile.
-
-    log_mass: float32 [N, samples * R, nK]. of_columns: float32 [N, samples * R], the logarithm of what columns hold.
-    Returns the shares of the tiles, float32 [N, R, nK], and of the columns, [N, R]; zeros for a sample without either.
-    """
-    if log_mass.device.type == "cuda":
-        from mmcompile.kernels import tile_shares_kernel
-
-        return tile_shares_kernel.mean_shares(log_mass, of_columns, samples)
-    return mean_shares_cpu(log_mass, of_columns, samples)
-
-
 def spread_out_share(log_mass: Tensor, of_columns: Tensor, times: float) -> Tensor:
     """Share of each sample's attention that lies in tiles with less than `times` an even share of what tiles hold.
 
-    log_mass, of_columns: as of `mean_shares`. Returns float32 [N, R].
+    log_mass: float32 [N, R, nK]. of_columns: float32 [N, R], the logarithm of what columns hold. Returns [N, R].
     """
     if log_mass.device.type == "cuda":
         from mmcompile.kernels import tile_shares_kernel
@@ -176,8 +163,12 @@ def tile_shares_cpu(log_mass: Tensor) -> tuple[Tensor, Tensor]:
     return (log_mass - total.unsqueeze(-1)).exp_().nan_to_num_(0.0), total
 
 
-def mean_shares_cpu(log_mass: Tensor, of_columns: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """`mean_shares` in torch operations."""
+def mean_shares(log_mass: Tensor, of_columns: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Softmax over tiles and columns together, and its mean over the samples of a query tile, in torch operations.
+
+    log_mass: float32 [N, samples * R, nK]. of_columns: float32 [N, samples * R], the logarithm of what columns hold.
+    Returns the shares of the tiles, float32 [N, R, nK], and of the columns, [N, R]; zeros for a sample without either.
+    """
     shares, total = tile_shares_cpu(log_mass)
     held = torch.sigmoid(of_columns - total).nan_to_num_(0.0)  # both are -inf for a query that sees no key
     shares *= (1.0 - held).unsqueeze(-1)

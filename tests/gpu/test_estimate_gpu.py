@@ -210,12 +210,9 @@ def test_the_hopper_kernel_runs_where_it_was_measured() -> None:
 
 def check_shares(log_mass: Tensor) -> None:
     of_columns = torch.randn(log_mass.shape[:2], device="cuda")
-    for found, expected in (
-        (tile_shares_kernel.tile_shares(log_mass), tile_mass.tile_shares_cpu(log_mass)),
-        (tile_shares_kernel.mean_shares(log_mass, of_columns, 3), tile_mass.mean_shares_cpu(log_mass, of_columns, 3)),
-    ):
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, **CLOSE)
+    found, expected = tile_shares_kernel.tile_shares(log_mass), tile_mass.tile_shares_cpu(log_mass)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
     found = tile_shares_kernel.spread_out_share(log_mass, of_columns, 4.0)
     torch.testing.assert_close(found, tile_mass.spread_out_share_cpu(log_mass, of_columns, 4.0), **CLOSE)
 

@@ -1,7 +1,8 @@
 """The kernels of the list side of planning on a real GPU, against the torch operations that they stand for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from mmcompile.kernels import (
     a_shape,
     a_shape_kernel,
+    levels_kernel,
     tile_bounds,
     tile_bounds_kernel,
     tile_classes,
@@ -18,7 +20,6 @@ from mmcompile.kernels import (
 from mmcompile.kernels.arrange import arrange
 from mmcompile.kernels.levels import MassLevels
 from mmcompile.kernels.plan import plan
-from mmcompile.kernels.tile_list import Layout
 from tests.kernels.pattern_cases import PatternCase
 from tests.kernels.plan_cases import random_case, random_site_case
 
@@ -30,16 +31,18 @@ DENSITIES = [None, 0.05, 0.3, 0.7, 1.0]
 def torch_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Levels by torch, so that both ways of listing see the same ones; the kernel's are next to them."""
 
-    def both(layout: Layout, rows: slice, mass: torch.Tensor, whole: float, levels: torch.Tensor, *sizes: int) -> None:
-        put(layout, rows, mass, whole, levels, *sizes)
-        made, some = levels[:, rows].clone(), layout.non_empty(rows)
-        by_torch = MassLevels.__new__(MassLevels)
-        by_torch.layout, by_torch.whole, by_torch.levels = layout, whole, levels
-        by_torch.put_cpu(rows, mass)
-        assert not (((made - levels[:, rows]).abs() > 1) & some).any()
+    def checked(kernel: Callable[..., Any], by_torch: Callable[..., Any]) -> Callable[..., Any]:
+        def both(levels: MassLevels, rows: slice, *mass: Any) -> Any:
+            kernel(levels, rows, *mass)
+            made, some = levels.levels[:, rows].clone(), levels.layout.non_empty(rows)
+            held = by_torch(levels, rows, *mass)
+            assert not (((made - levels.levels[:, rows]).abs() > 1) & some).any()
+            return held
 
-    put = tile_list_kernel.put_mass
-    monkeypatch.setattr(tile_list_kernel, "put_mass", both)
+        return both
+
+    monkeypatch.setattr(levels_kernel, "put", checked(levels_kernel.put, MassLevels.put_cpu))
+    monkeypatch.setattr(levels_kernel, "put_samples", checked(levels_kernel.put_samples, MassLevels.put_samples_cpu))
 
 
 @contextmanager

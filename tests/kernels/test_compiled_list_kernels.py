@@ -12,7 +12,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmcompile.kernels import a_shape_kernel, tile_bounds_kernel, tile_list_kernel
+from mmcompile.kernels import a_shape_kernel, levels_kernel, tile_bounds_kernel, tile_list_kernel
 from mmcompile.kernels.levels import MASS_LEVELS, OCTAVE
 from mmcompile.kernels.patterns import MODALITIES, TILE
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY
@@ -36,6 +36,7 @@ LONG = (
 LONG += ("last_level", "rest", "following_count")
 TYPES = dict.fromkeys(LONG, "*i64") | dict.fromkeys(("hot_tiles", "row_lines", "column_lines"), "*i1")
 TYPES |= {"classes": "*u8", "plane": "*i16", "levels": "*i16", "mass": "*fp32"}
+TYPES |= dict.fromkeys(("log_mass", "of_columns", "held"), "*fp32")
 TYPES |= {"column_share": "*fp32", "recall": "fp32", "whole": "fp32"}
 ALL = {"NON_EMPTY": NON_EMPTY, "FULL": FULL, "MANDATORY": MANDATORY, "CHOSEN": CHOSEN, "TILE": TILE}
 ALL |= {"OCTAVE": OCTAVE, "MODALITIES": MODALITIES, "QUERIES": a_shape_kernel.QUERIES, "REACH": True, "EVERY": False}
@@ -43,14 +44,15 @@ ALL |= {"QUERY_TILES": tile_list_kernel.QUERY_TILES, "SUMMED": tile_list_kernel.
 MASK = {"WINDOW": True, "SEGMENTS": True, "SPANS": True}
 PLANE = dict.fromkeys(("diagonals", "own", "row_lines", "column_lines"))
 RINGS = dict.fromkeys(("plane", "diagonals", "own", "weights", "column_share", "of_tile", "rest", "following_count"))
-PUT, COUNT, LIST = (step._asdict() for step in (tile_list_kernel.PUT, tile_list_kernel.COUNT, tile_list_kernel.LIST))
+PUT, COUNT, LIST = (step._asdict() for step in (levels_kernel.PUT, tile_list_kernel.COUNT, tile_list_kernel.LIST))
 BOUNDS = {"key_tiles": tile_bounds_kernel.KEY_TILES, "warps": tile_bounds_kernel.OPTIONS["num_warps"]}
 RUNS = {"key_tiles": 0, "warps": a_shape_kernel.OPTIONS["num_warps"]}
 EVERY_RUN = {"GROUPS": MODALITIES, "WINDOW": True, "LOCAL": True, "LAST": True}
 CASES: dict[str, tuple[Any, dict[str, int], dict[str, Any]]] = {
     "classes": (tile_bounds_kernel._classify_kernel, BOUNDS, MASK),
     "runs": (a_shape_kernel._runs_kernel, RUNS, EVERY_RUN),
-    "levels of mass": (tile_list_kernel._put_mass_kernel, PUT, {"LEVELS": MASS_LEVELS}),
+    "levels of mass": (levels_kernel._put_mass_kernel, PUT, {"LEVELS": MASS_LEVELS}),
+    "levels of samples": (levels_kernel._put_samples_kernel, PUT, {"LEVELS": MASS_LEVELS, "SAMPLES": 3, "PADDED": 4}),
     "levels counted": (tile_list_kernel._count_levels_kernel, COUNT, PLANE | {"LEVELS": MASS_LEVELS}),
     "rings counted": (tile_list_kernel._count_levels_kernel, COUNT, RINGS | {"LEVELS": 1}),
     "lists": (tile_list_kernel._list_tiles_kernel, LIST, PLANE | {"WRITE": True}),

@@ -18,6 +18,8 @@ from mmcompile.kernels import (
     hot_keys_kernel,
     last_queries,
     last_queries_kernel,
+    levels,
+    levels_kernel,
     ops,
     permute,
     permute_cpu,
@@ -182,7 +184,8 @@ def every_op_by_triton(monkeypatch):
     monkeypatch.setattr(tile_mass, "column_mass_cpu", column_mass_kernel.column_mass)
     monkeypatch.setattr(tile_mass, "slots_log_mass_cpu", tile_mass_kernel.slots_log_mass)
     monkeypatch.setattr(tile_mass, "tile_shares_cpu", tile_shares_kernel.tile_shares)
-    monkeypatch.setattr(tile_mass, "mean_shares_cpu", tile_shares_kernel.mean_shares)
+    monkeypatch.setattr(levels.MassLevels, "put_cpu", levels_kernel.put)
+    monkeypatch.setattr(levels.MassLevels, "put_samples_cpu", levels_kernel.put_samples)
     monkeypatch.setattr(tile_mass, "spread_out_share_cpu", tile_shares_kernel.spread_out_share)
     monkeypatch.setattr(probes.Probes, "of_cpu", probes_kernel.place)
     monkeypatch.setattr(probes.Measured, "recall_cpu", probes_kernel.recall)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmcompile.kernels import (
     a_shape,
     a_shape_kernel,
+    levels_kernel,
     tile_bounds,
     tile_bounds_kernel,
     tile_classes,
@@ -21,7 +22,7 @@ from mmcompile.kernels import (
 )
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels.a_shape import Intervals
-from mmcompile.kernels.levels import MASS_LEVELS, OCTAVE, MassLevels, Rings
+from mmcompile.kernels.levels import MASS_LEVELS, MassLevels, Rings
 from mmcompile.kernels.lines import Diagonals, GridLines
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import TileBounds
@@ -58,8 +59,8 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(tile_list, "list_tiles_cpu", tile_list_kernel.list_tiles)
         patch.setattr(tile_list, "density_cpu", tile_list_kernel.density)
         patch.setattr(tile_bounds_kernel, "KEY_TILES", key_tiles)
-        for walk in ("PUT", "COUNT", "LIST"):
-            patch.setattr(tile_list_kernel, walk, Steps(key_tiles, 1))
+        for module, walk in ((levels_kernel, "PUT"), (tile_list_kernel, "COUNT"), (tile_list_kernel, "LIST")):
+            patch.setattr(module, walk, Steps(key_tiles, 1))
         patch.setattr(tile_list_kernel, "SUMMED", 2)
         patch.setattr(tile_list_kernel, "QUERY_TILES", 2)
         yield patch
@@ -224,7 +225,37 @@ def test_levels_of_mass_are_those_of_torch_or_next_to_them(
     for rows in (slice(0, query_tiles // 2), slice(query_tiles // 2, query_tiles)):
         one.put_cpu(rows, mass[:, rows])
         with by_triton():
-            tile_list_kernel.put_mass(layout, rows, mass[:, rows], other.whole, other.levels, OCTAVE, MASS_LEVELS)
+            levels_kernel.put(other, rows, mass[:, rows])
     some = layout.non_empty(slice(0, query_tiles))
+    assert_next_to(one, other, some)
+
+
+def assert_next_to(one: MassLevels, other: MassLevels, some: Tensor) -> None:
     assert not (((one.levels - other.levels).abs() > 1) & some).any()
     assert not ((other.levels < 0) & some).any() and not ((other.levels >= MASS_LEVELS) & some).any()
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 40), st.sampled_from([None, 0.02]), st.booleans())
+def test_levels_of_samples(
+    seed: int, query_tiles: int, key_tiles: int, density: float | None, with_columns: bool
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    layout = ListCase(seed, 1, 2, 2, query_tiles, key_tiles, "mass", None, None, False, 1.0).layout(draw)
+    log_mass = torch.randn(2, 3, query_tiles, key_tiles, generator=draw) * 9
+    log_mass[torch.rand(log_mass.shape, generator=draw) < 0.2] = float("-inf")
+    some = layout.non_empty(slice(0, query_tiles))
+    log_mass.masked_fill_(~some.unsqueeze(1), float("-inf"))
+    of_columns = torch.randn(2, 3, query_tiles, generator=draw) * 9
+    of_columns[torch.rand(of_columns.shape, generator=draw) < 0.2] = float("-inf")
+    one, other = MassLevels(layout, density), MassLevels(layout, density)
+    for rows in (slice(0, query_tiles // 2), slice(query_tiles // 2, query_tiles)):
+        parts = log_mass[:, :, rows].flatten(1, 2), of_columns[:, :, rows].flatten(1) if with_columns else None, 3
+        expected = one.put_samples_cpu(rows, *parts)
+        with by_triton():
+            found = levels_kernel.put_samples(other, rows, *parts)
+        if with_columns:
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+        else:
+            assert found is expected is None
+    assert_next_to(one, other, some)
