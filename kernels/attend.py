@@ -65,7 +65,6 @@ class Planned(NamedTuple):
             self.window,
             self.segments,
             self.spans,
-            False,
             None if self.orders[0] == _RASTER else self.arrangement.query_order,
         )
 

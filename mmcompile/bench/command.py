@@ -80,6 +80,9 @@ def plan(
     kv_heads: KVHeads = 4,
     device: Device = "cuda",
     repeats: Repeats = 10,
+    dense: Annotated[
+        bool, typer.Option("--dense/--no-dense", help="Torch's attention too: at 1M tokens a minute.")
+    ] = True,
     out_path: Out = None,
     plot: Plot = None,
     redraw: Redraw = False,
@@ -105,6 +108,7 @@ def plan(
         kv_heads,
         device,
         repeats,
+        dense,
     )
     _run(measurement, out_path, plot, redraw)
 

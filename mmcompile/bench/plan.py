@@ -22,7 +22,7 @@ OVERHEAD = ("arrange", "plan", "permutations")
 
 @dataclass(frozen=True)
 class PlanBench:
-    """The options of `bench plan`. patterns: names in PATTERNS; density: caps."""
+    """The options of `bench plan`. patterns: names in PATTERNS; density: caps; dense: torch's attention beside them."""
 
     tokens: tuple[int, ...]
     patterns: tuple[str, ...] = tuple(PATTERNS)
@@ -33,6 +33,7 @@ class PlanBench:
     kv_heads: int = 4
     device: str = "cuda"
     repeats: int = 10
+    dense: bool = True
     title: str = "Planning"
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class PlanBench:
     def steps(self) -> int:
         """As in Measurement."""
         contenders = len(self.patterns) * len(self.density)
-        return len(self.tokens) * (2 * (contenders + self.repeats) + 1)
+        return len(self.tokens) * (2 * (contenders + self.repeats) + self.dense)
 
     def measure(self, step: Step) -> Iterator[list[Row]]:
         """As in Measurement."""
@@ -77,13 +78,14 @@ class PlanBench:
 
             watched[f"{pattern}, {cap}"] = _Watched(attend, self.device)
         baseline = BASELINE[self.device]
-        calls: dict[str, Call] = {baseline: dense_calls(query, key, value)[baseline], **watched}
+        calls: dict[str, Call] = {baseline: dense_calls(query, key, value)[baseline]} if self.dense else {}
+        calls |= watched
         whole = race(calls, self.device, self.repeats, step=step)
         host = {name: Times.of(one.host_ms()) for name, one in watched.items() if isinstance(whole[name], Times)}
         # Long enough that a whole attention is launched before its first kernel runs.
         lead = max((time.ms for time in host.values()), default=0.0) * 1.5 + 1.0
         busy = race(dict(watched), self.device, self.repeats, lead=lead, step=step)
-        dense = whole[baseline]
+        dense = whole.get(baseline)
         rows = []
         for name, (pattern, cap) in zip(watched, product(self.patterns, self.density), strict=True):
             row: Row = {"tokens": tokens, "pattern": pattern, "cap": cap}
@@ -95,6 +97,8 @@ class PlanBench:
             else:
                 row[FAILURE] = next(one.reason for one in (measured, alone) if isinstance(one, Failure))
             rows.append(row)
+        if dense is None:
+            return rows
         whole_dense = dense.columns("whole ms") if isinstance(dense, Times) else {FAILURE: dense.reason}
         return [*rows, {"tokens": tokens, "pattern": baseline, "density": 1.0} | whole_dense]
 
