@@ -14,6 +14,7 @@ from mmcompile.pattern_search.record import record
 from mmcompile.pattern_search.score import LayerAttention
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
 from tests.kernels.planted_recall import computed_keys
+from tests.models.families import FAMILIES
 
 TEXT, VIDEO = 0, 2
 SEGMENTS = (Segment(TEXT, 70), Segment(VIDEO, 640, (10, 8, 8)), Segment(TEXT, 90))
@@ -175,3 +176,19 @@ def test_layers_apart_by_graph_breaks_are_seen_in_the_order_in_which_they_run():
     for layer, query in zip(model.layers, queries, strict=True):
         torch.testing.assert_close(query, layer.heads(x)[0])
         x = layer(x)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "llava_next_video"])
+def test_every_layer_of_a_family_is_seen_whatever_its_mask(name):
+    family = FAMILIES[name]
+    model = family.model()
+    architecture, seen = mmcompile.Architecture.of(model), []
+
+    def visit(attention):
+        layer = LayerAttention(attention)
+        seen.append((attention.query.shape[1], attention.key.shape[1], attention.query.shape[3]))
+        assert layer.score(HeadPattern()).read().error == (0.0,) * architecture.heads
+        return layer.output
+
+    record(model, family.prompts(model).first, visit)
+    assert seen == [(architecture.heads, architecture.kv_heads, architecture.head_dim)] * architecture.layers
