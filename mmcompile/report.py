@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import Cache
 
+from mmcompile.architecture import Architecture
 from mmcompile.encode_first import EncodeFirst, encodes_first
 from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
@@ -24,6 +25,7 @@ from mmcompile.passes.graph import copy_graph
 from mmcompile.passes.pipeline import run_passes
 from mmcompile.prefill_steps import by_name, is_decode_step, tracing
 from mmcompile.reference_runs import copy_sharing_weights
+from mmcompile.tables import PatternTable
 
 SITE_COLUMNS = ("site", "layer", "phase", "heads", "tokens", "mask", "decision", "reason", "pattern")
 
@@ -153,9 +155,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     of the graphs; plain `torch.compile` may break the same call into more. It runs under no_grad with every attention
     replaced by an empty result, so no attention kernel runs and what the call returns means nothing.
     `options=Options(...)` or a mapping among the keyword arguments is taken as the backend's options. Dynamo's caches
-    are reset before and after, so compiled models compile again at their next call.
+    are reset before and after, so compiled models compile again at their next call. Raises TableError for a pattern
+    table of another architecture.
     """
     options = Options.parse(kwargs.pop("options", None))
+    if isinstance(options.patterns, PatternTable) and isinstance(model, nn.Module):
+        options.patterns.require(Architecture.of(model))
     recorder = _Recorder(options)
     torch.compiler.reset()
     try:

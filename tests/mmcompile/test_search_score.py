@@ -14,6 +14,7 @@ from mmcompile.pattern_search.record import record
 from mmcompile.pattern_search.score import LayerAttention
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
 from tests.kernels.planted_recall import computed_keys
+from tests.models.families import FAMILIES
 
 TEXT, VIDEO = 0, 2
 SEGMENTS = (Segment(TEXT, 70), Segment(VIDEO, 640, (10, 8, 8)), Segment(TEXT, 90))
@@ -132,3 +133,62 @@ def test_recording_uses_bound_boundaries(model):
     with mmcompile.bind(boundaries):
         record(model, {"input_ids": torch.arange(300)[None]}, visit)
     assert all(grid[1] == [4, 8, 8] for grid in told) and len(told) == 3
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(16, 3 * 16)
+
+    def heads(self, x):
+        return self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x):
+        return (
+            torch.nn.functional.scaled_dot_product_attention(*self.heads(x), is_causal=True).transpose(1, 2).flatten(2)
+        )
+
+
+class Broken(torch.nn.Module):
+    """Layers with a graph break between them: one compiled graph may serve them all, and no name in it tells which."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+@torch.no_grad()
+def test_layers_apart_by_graph_breaks_are_seen_in_the_order_in_which_they_run():
+    model, x = Broken(), torch.randn(1, 200, 16)
+    queries = []
+
+    def visit(attention):
+        queries.append(attention.query)
+        return LayerAttention(attention).output
+
+    record(model, {"x": x}, visit)
+    for layer, query in zip(model.layers, queries, strict=True):
+        torch.testing.assert_close(query, layer.heads(x)[0])
+        x = layer(x)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "llava_next_video"])
+def test_every_layer_of_a_family_is_seen_whatever_its_mask(name):
+    family = FAMILIES[name]
+    model = family.model()
+    architecture, seen = mmcompile.Architecture.of(model), []
+
+    def visit(attention):
+        layer = LayerAttention(attention)
+        seen.append((attention.query.shape[1], attention.key.shape[1], attention.query.shape[3]))
+        assert layer.score(HeadPattern()).read().error == (0.0,) * architecture.heads
+        return layer.output
+
+    record(model, family.prompts(model).first, visit)
+    assert seen == [(architecture.heads, architecture.kv_heads, architecture.head_dim)] * architecture.layers
