@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmcompile.kernels.attend import plan_attention
 from mmcompile.kernels.patterns import HeadPattern
+from mmcompile.options import AUTO_PATTERN
 from mmcompile.passes.record_attention import SeenAttention
 from mmcompile.pictures.head import Head, HeadPlan
 from mmcompile.pictures.palette import BLACK, KINDS, YELLOW
@@ -27,7 +28,7 @@ def swept_patterns(key_length: int) -> dict[str, HeadPattern]:
     """Patterns that want more than the caps give, so that these decide what is computed."""
     single = min(key_length, 8192)  # a plan has room for so many keys of each query tile
     return {
-        "auto": HeadPattern("top_p", order="auto", columns=2048, mass=1.0),
+        "auto": replace(AUTO_PATTERN, mass=1.0),
         "top_p": HeadPattern("top_p", mass=1.0),
         "columns": HeadPattern("columns", columns=single),
         "vertical_slash": HeadPattern("vertical_slash", vertical=single, slash=key_length),
