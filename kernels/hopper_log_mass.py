@@ -8,7 +8,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from mmcompile.kernels.hopper_ring import wait_full
 from mmcompile.kernels.hopper_samples import (
     GROUP,
-    GROUPS,
     LAST,
     MASKED,
     ROW_SLOTS,
@@ -21,16 +20,13 @@ from mmcompile.kernels.sample_mask import element_allowed
 
 
 @gluon.jit
-def _start_scores(query, tile, bias, turns, group: gl.constexpr, taken, LAYOUT: gl.constexpr, COLD: gl.constexpr):
-    """Starts the product of a group's queries and a tile, in the group's turn, and passes the turn on."""
+def _scores(query, tile, bias, LAYOUT: gl.constexpr, COLD: gl.constexpr):
     scores = gl.zeros([GROUP, TILE], gl.float32, LAYOUT)
     if COLD:
         # The product adds to the bias: no addition is left for later.
         scores, _ = gl.broadcast(bias.load(gl.SliceLayout(0, LAYOUT))[None, :], scores)
-    mbarrier.wait(turns.index(group), taken & 1 ^ (1 if group == 0 else 0))
     scores = hopper.warpgroup_mma(query, tile.permute((1, 0)), scores, use_acc=COLD, is_async=True)
-    mbarrier.arrive(turns.index((group + 1) % GROUPS))
-    return scores
+    return hopper.warpgroup_mma_wait(0, deps=[scores])
 
 
 @gluon.jit
@@ -92,92 +88,86 @@ def _sum(
     query_empty,
     key_full,
     key_empty,
-    turns,
     BLOCK_D: gl.constexpr,
-    BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     COLD: gl.constexpr,
     WINDOW: gl.constexpr,
     SEGMENTS: gl.constexpr,
     SPANS: gl.constexpr,
 ):
-    """64 query rows, and all tiles or every other one."""
+    """Half of the queries, and every other tile. Products of one group are made while others take exponentials."""
     queries, keys, biases, steps = buffers
     row_tags, row_targets, slot_tags = tag_buffers
-    PARTS: gl.constexpr = BLOCK_M // GROUP
-    FIRST: gl.constexpr = group % PARTS * GROUP
-    STEP: gl.constexpr = GROUPS // PARTS
+    half: gl.constexpr = group % 2
+    FIRST: gl.constexpr = half * GROUP
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    index = group // PARTS
-    taken = 0
+    index = group // 2
     wait_full(key_full, index, STAGES)
     word = gl.max(steps.index(index % STAGES).load(ONE), 0)
     while word >= 0:
         stage = index % STAGES
         query_slot = word >> SLOT_SHIFT & 1
         rows = word >> ROWS_SHIFT & (ROW_SLOTS - 1)
-        query = queries.index(query_slot * PARTS + group % PARTS).reshape([GROUP, BLOCK_D])
+        query = queries.index(query_slot * 2 + half).reshape([GROUP, BLOCK_D])
         tile = keys.index(stage).reshape([TILE, BLOCK_D])
         bias = biases.index(stage if COLD else 0).reshape([TILE])
-        scores = _start_scores(query, tile, bias, turns, group, taken, LAYOUT, COLD)
-        scores = hopper.warpgroup_mma_wait(0, deps=[scores])
-        if word & LAST != 0:
-            mbarrier.arrive(query_empty.index(query_slot))
+        scores = _scores(query, tile, bias, LAYOUT, COLD)
+        mbarrier.arrive(query_empty.index(query_slot), pred=(word & LAST) != 0)
         if word & MASKED != 0:
             scores = _mask(scores, row_tags, slot_tags, rows, stage, FIRST, window, WINDOW, SEGMENTS, SPANS)
         mbarrier.arrive(key_empty.index(stage))
         targets = row_targets.index(rows).slice(FIRST, GROUP)
         _store(scores, output, targets, word >> TILE_SHIFT, key_tiles, scale_log2)
-        index += STEP
-        taken += 1
+        index += 2
+        # Queries and keys were let go of before: the next tile may want their room.
         wait_full(key_full, index, STAGES)
         word = gl.max(steps.index(index % STAGES).load(ONE), 0)
 
 
 @gluon.jit
 def sum_first(
-    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-    BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
+    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
     WINDOW: gl.constexpr, SEGMENTS: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     _sum(
-        0, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-        BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+        0, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+        BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
     )  # fmt: skip
 
 
 @gluon.jit
 def sum_second(
-    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-    BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
+    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
     WINDOW: gl.constexpr, SEGMENTS: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     _sum(
-        1, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-        BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+        1, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+        BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
     )  # fmt: skip
 
 
 @gluon.jit
 def sum_third(
-    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-    BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
+    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
     WINDOW: gl.constexpr, SEGMENTS: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     _sum(
-        2, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-        BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+        2, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+        BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
     )  # fmt: skip
 
 
 @gluon.jit
 def sum_fourth(
-    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-    BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
+    output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, COLD: gl.constexpr,
     WINDOW: gl.constexpr, SEGMENTS: gl.constexpr, SPANS: gl.constexpr,
 ):  # fmt: skip
     _sum(
-        3, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty, turns,
-        BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+        3, output, key_tiles, scale_log2, window, buffers, tag_buffers, query_empty, key_full, key_empty,
+        BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
     )  # fmt: skip

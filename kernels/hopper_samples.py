@@ -11,8 +11,9 @@ from mmcompile.kernels.sample_mask import classify_tiles, lowest_bit
 
 TILE = gl.constexpr(TILE_KEYS)
 RUN = gl.constexpr(32)  # most key tiles of an item, a bit each
-GROUPS = gl.constexpr(4)  # of four warps, that sum
+GROUPS = gl.constexpr(4)  # of four warps, that sum: two for each tile
 GROUP = gl.constexpr(64)  # query rows of one of them
+BLOCK_M = gl.constexpr(128)  # of an item
 # Items of which the rows' tags and targets are kept: they are read after the queries, of one or two items, have gone.
 ROW_SLOTS = gl.constexpr(4)
 PART = gl.constexpr(16)  # rows whose addresses a warp holds at once
@@ -25,7 +26,7 @@ NO_TILE = gl.constexpr(-(2**31))
 
 
 @gluon.jit
-def _mark_unseen(output, targets, unseen, first_tile, key_tiles, BLOCK_M: gl.constexpr):
+def _mark_unseen(output, targets, unseen, first_tile, key_tiles):
     """-inf for the tiles of an item that none of its queries may see. unseen: their bits."""
     ACROSS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0])
     index = gl.arange(0, RUN, layout=gl.SliceLayout(0, ACROSS))
@@ -52,7 +53,6 @@ def schedule(
     barriers,
     D: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    BLOCK_M: gl.constexpr,
     QUERIES: gl.constexpr,
     WALK: gl.constexpr,
     WINDOW: gl.constexpr,
@@ -122,7 +122,7 @@ def schedule(
         target = gl.where(inside, (row * samples).to(gl.int32) + sample, -1)
         targets.store(target)
         if unseen != 0:
-            _mark_unseen(output, targets, unseen, first_tile, key_tiles, BLOCK_M)
+            _mark_unseen(output, targets, unseen, first_tile, key_tiles)
         if todo != 0:
             tokens.store(token)
             fields = gl.full([FIELDS], 0, gl.int32, LANES)
@@ -137,7 +137,7 @@ def schedule(
             wait_empty(query_empty, turn, QUERIES)
             its_query = query + batch.to(gl.int64) * batch_stride + its_head.to(gl.int64) * head_stride
             for part in gl.static_range(BLOCK_M // PART):
-                into = queries.index(turn_slot * (BLOCK_M // GROUP) + part * PART // GROUP).reshape([GROUP, BLOCK_D])
+                into = queries.index(turn_slot * 2 + part * PART // GROUP).reshape([GROUP, BLOCK_D])
                 its_token = tokens.slice(part * PART, PART).load(gl.SliceLayout(1, OF_COPY))
                 copy_rows(its_query, row_stride, its_token, into.slice(part * PART % GROUP, PART), D, BLOCK_D)
             async_copy.commit_group()
@@ -173,7 +173,6 @@ def fetch(
     tile_barriers,
     STAGES: gl.constexpr,
     QUERIES: gl.constexpr,
-    SHARED: gl.constexpr,
     COLD: gl.constexpr,
     SEGMENTS: gl.constexpr,
     SPANS: gl.constexpr,
@@ -202,15 +201,15 @@ def fetch(
         key_order_row = get_field(fields, KEY_ORDER_ROW, entry)
         slot = turn % QUERIES
         mbarrier.arrive(query_empty.index(slot))
-        # A single tile is for both groups: each has a tile of every item, so that none is left behind.
-        twice = gl.where((todo & (todo - 1)) == 0, 0 if SHARED else 1, 0)
+        # A single tile is for both pairs of groups: each has a tile of every item, so that none is left behind.
+        twice = gl.where((todo & (todo - 1)) == 0, 1, 0)
         while todo != 0:
             next_tile, bit = lowest_bit(todo.to(gl.int64) & 0xFFFFFFFF)
             masked = (compared & bit.to(gl.int32)) != 0
             todo ^= gl.where(twice != 0, 0, bit.to(gl.int32))
             twice = 0
-            # Nothing is left for the group that takes this tile.
-            last = (todo if SHARED else todo & (todo - 1)) == 0
+            # Nothing is left for the pair of groups that takes this tile.
+            last = (todo & (todo - 1)) == 0
             tile = first_tile + next_tile
             flags = gl.where(last, LAST, 0) | gl.where(masked, MASKED, 0)
             word = tile << TILE_SHIFT | turn % ROW_SLOTS << ROWS_SHIFT | slot << SLOT_SHIFT | flags
@@ -239,7 +238,7 @@ def fetch(
         wait_full(query_full, turn, QUERIES)
         fields = info.index(turn % QUERIES).load(WIDE)
         todo = get_field(fields, TODO, entry)
-    for _ in gl.static_range(1 if SHARED else 2):
+    for _ in gl.static_range(2):
         wait_empty(key_empty, index, STAGES)
         steps.index(index % STAGES).store(gl.full([1], NO_TILE, gl.int32, WIDE))
         mbarrier.arrive(key_full.index(index % STAGES))

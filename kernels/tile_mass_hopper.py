@@ -1,14 +1,10 @@
-"""`tile_log_mass` for Hopper GPUs, in Triton's Gluon dialect: asynchronous matrix products, and warps with a part each.
+"""`tile_log_mass` for Hopper GPUs, in Triton's Gluon dialect: bulk copies, and warps with a part each.
 
-A program stays on its multiprocessor and takes items, a block of sampled queries of a head and a run of key tiles each,
-until none is left. Ten warps share the work: one *schedules* (takes the next item, finds the tiles that its queries may
-see, gathers the queries), one *fetches* tiles of keys through a ring of buffers, and two groups of four *sum*. A group
-holds the scores of two halves, of 64 queries each: while those of one half are made, it takes the exponentials of the
-other's and adds them. There are as many exponentials as the special function units take in the time of the products, so
-neither may wait for the other.
-
-With 256 queries the groups share each tile and have two halves each; with 128 they take tiles in turn, and have the
-same two halves. The more queries, the fewer times keys come from the L2 cache.
+A program stays on its multiprocessor and takes items, 128 sampled queries of a head and a run of key tiles each, until
+none is left. Eighteen warps share the work: one *schedules* (takes the next item, finds the tiles that its queries may
+see, gathers the queries), one *fetches* tiles of keys through a ring of buffers, and four groups of four *sum*: two
+take half of the queries and every other tile, two the tiles between. Products of some groups are made while others take
+exponentials.
 """
 
 import math
@@ -26,7 +22,7 @@ from mmcompile.kernels.attention_config import padded_head_dim
 from mmcompile.kernels.hopper_launch import multiprocessors, tile_descriptor
 from mmcompile.kernels.hopper_log_mass import sum_first, sum_fourth, sum_second, sum_third
 from mmcompile.kernels.hopper_ring import FIELDS, make_barriers
-from mmcompile.kernels.hopper_samples import GROUP, GROUPS, ROW_SLOTS, RUN, TILE, fetch, schedule
+from mmcompile.kernels.hopper_samples import BLOCK_M, GROUP, GROUPS, ROW_SLOTS, RUN, TILE, fetch, schedule
 from mmcompile.kernels.hopper_support import LEAST_SCALE
 from mmcompile.kernels.tags import INVALID_SPAN
 from mmcompile.kernels.tile_mass import SampledRows
@@ -37,16 +33,14 @@ SUM_REGISTERS, OTHER_REGISTERS = gl.constexpr(104), gl.constexpr(64)
 
 
 class Shape(NamedTuple):
-    """Sampled queries of an item, and how many buffers of tiles and of queries go round."""
+    """How many buffers of tiles and of queries go round."""
 
-    block_m: int
     stages: int
     queries: int
 
 
-# Keyed on the padded head dim, for samples of at most 128 queries and for more. 227 KiB of shared memory hold no more.
-FEW = {64: Shape(128, 4, 2), 128: Shape(128, 4, 2), 256: Shape(128, 2, 1)}
-MANY = {64: Shape(256, 4, 2), 128: Shape(256, 2, 2), 256: Shape(128, 2, 1)}
+# Keyed on the padded head dim, which `hopper_support.HEAD_DIMS` lists. 227 KiB of shared memory hold no more.
+SHAPES = {64: Shape(4, 2), 128: Shape(4, 2), 256: Shape(2, 1)}
 
 
 @gluon.jit(
@@ -97,7 +91,6 @@ def _log_mass_kernel(
     programs,
     D: gl.constexpr,
     BLOCK_D: gl.constexpr,
-    BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     QUERIES: gl.constexpr,
     WALK: gl.constexpr,
@@ -106,11 +99,10 @@ def _log_mass_kernel(
     SEGMENTS: gl.constexpr,
     SPANS: gl.constexpr,
 ):
-    SHARED: gl.constexpr = BLOCK_M == GROUPS * GROUP  # all groups read each tile
     TAGS: gl.constexpr = 4 if SEGMENTS or SPANS else 1  # positions, segments, spans, and one to make it a power of two
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     OF_QUERY: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, GROUP, BLOCK_D], key.dtype)
-    queries = gl.allocate_shared_memory(key.dtype, [QUERIES * (BLOCK_M // GROUP), 1, 1, GROUP, BLOCK_D], OF_QUERY)
+    queries = gl.allocate_shared_memory(key.dtype, [QUERIES * 2, 1, 1, GROUP, BLOCK_D], OF_QUERY)
     keys = gl.allocate_shared_memory(key.dtype, [STAGES, 1, 1, TILE, BLOCK_D], key.layout)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES if COLD else 1, 1, TILE], key_positions.layout)
     slot_tags = gl.allocate_shared_memory(gl.int32, [STAGES * TAGS, 1, TILE], key_positions.layout)
@@ -123,42 +115,41 @@ def _log_mass_kernel(
     query_full = make_barriers(QUERIES, 1)
     query_empty = make_barriers(QUERIES, GROUPS + 1)
     key_full = make_barriers(STAGES, 1)
-    key_empty = make_barriers(STAGES, BLOCK_M // GROUP)
-    turns = make_barriers(GROUPS, 1)
+    key_empty = make_barriers(STAGES, 2)
     key_tiles = gl.cdiv(key_length, TILE)
     # Constants in a variable would become numbers known at run time, so the arguments are written out.
     gl.warp_specialize(
         [
             (sum_first, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
-                BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (sum_second, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
-                BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (sum_third, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
-                BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (sum_fourth, (
                 output, key_tiles, scale_log2, window, (queries, keys, biases, steps),
-                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty, turns,
-                BLOCK_D, BLOCK_M, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
+                (row_tags, row_targets, slot_tags), query_empty, key_full, key_empty,
+                BLOCK_D, STAGES, COLD, WINDOW, SEGMENTS, SPANS,
             )),
             (fetch, (
                 key, bias, key_positions, key_tags, (keys, biases, slot_tags, steps, info), (query_full, query_empty),
-                (key_full, key_empty), STAGES, QUERIES, SHARED, COLD, SEGMENTS, SPANS,
+                (key_full, key_empty), STAGES, QUERIES, COLD, SEGMENTS, SPANS,
             )),
             (schedule, (
                 query, (query_order, query_tags, slots, walk, query_row, key_row, head, key_head, bounds), output,
                 counter, (batches, plans, query_orders, key_orders), (samples, query_length, key_length),
                 (query_batch_stride, query_head_stride, query_row_stride), run, window, programs,
                 (queries, info, row_tags, row_targets, targets, tokens), (query_full, query_empty),
-                D, BLOCK_D, BLOCK_M, QUERIES, WALK, WINDOW, SEGMENTS, SPANS,
+                D, BLOCK_D, QUERIES, WALK, WINDOW, SEGMENTS, SPANS,
             )),
         ],
         [4, 4, 4, 1, 1],
@@ -166,20 +157,20 @@ def _log_mass_kernel(
     )  # fmt: skip
 
 
-def launch(sampled: SampledRows, cold: Tensor | None, shape: Shape | None = None) -> Tensor:
-    """`tile_log_mass` of tile_mass.py. shape: another than the table's, for measurements."""
+def launch(sampled: SampledRows, cold: Tensor | None) -> Tensor:
+    """`tile_log_mass` of tile_mass.py."""
     query, key = sampled.query, sampled.key
     batch, plans, samples = sampled.slots.shape
     width = query.shape[3]
     padded = padded_head_dim(width)
-    shape = shape or (FEW if samples <= FEW[padded].block_m else MANY)[padded]
+    shape = SHAPES[padded]
     key_tiles = triton.cdiv(key.shape[2], int(TILE))
     output = torch.empty(batch, plans, samples, key_tiles, dtype=torch.float32, device=query.device)
-    rows = batch * plans * triton.cdiv(samples, shape.block_m)
+    rows = batch * plans * triton.cdiv(samples, int(BLOCK_M))
     programs = multiprocessors(query.device)
     run = min(int(RUN), max(1, rows * key_tiles // (programs * ENOUGH_ITEMS)))
     programs = min(programs, rows * triton.cdiv(key_tiles, run))
-    walk = sampled.walk() if samples > shape.block_m else None
+    walk = sampled.walk() if samples > int(BLOCK_M) else None
     positions = _row_descriptor(sampled.key_positions.every.flatten(2).flatten(0, 1))
     query_order, query_tags, key_tags, *places = shared_arguments(sampled)
     tagged = sampled.segments or sampled.spans
@@ -207,7 +198,6 @@ def launch(sampled: SampledRows, cold: Tensor | None, shape: Shape | None = None
             programs,
             D=width,
             BLOCK_D=padded,
-            BLOCK_M=shape.block_m,
             STAGES=shape.stages,
             QUERIES=shape.queries,
             WALK=walk is not None,
