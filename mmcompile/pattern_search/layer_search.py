@@ -1,5 +1,6 @@
 """The search of one layer: every candidate alone, then each modality its own, then each pair of modalities."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,20 @@ def replay(attention: LayerAttention, evaluations: Iterable[Evaluation]) -> list
     pending = [(one, attention.score(one.patterns)) for one in evaluations]
     scores = [(one, score.read()) for one, score in pending]
     return [replace(one, density=s.density, error=s.error, recall=s.recall) for one, s in scores]
+
+
+def mean(of_samples: Sequence[list[Evaluation]]) -> list[Evaluation]:
+    """Evaluations of the same patterns, with the means of their figures over the samples; costs are the first's."""
+    means = []
+    for same in zip(*of_samples, strict=True):
+        figures = {
+            name: tuple(
+                math.fsum(values) / len(values) for values in zip(*(getattr(one, name) for one in same), strict=True)
+            )
+            for name in ("density", "error", "recall")
+        }
+        means.append(replace(same[0], **figures))
+    return means
 
 
 def on_fronts(evaluations: Sequence[Evaluation]) -> list[Evaluation]:

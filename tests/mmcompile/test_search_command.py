@@ -7,8 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmcompile import HeadPattern, PatternTable, cli
-from mmcompile.pattern_search import candidates, equal_time
-from mmcompile.pattern_search import search as search_module
+from mmcompile.pattern_search import candidates, equal_time, runs
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "moving_shapes.mp4")
@@ -62,7 +61,7 @@ def test_an_interrupted_search_says_how_to_go_on(model_path, tmp_path, monkeypat
     target = tmp_path / "table.json"
     arguments = ["search", "--model", model_path, "--device", "cpu", "--out", str(target), *SMALL, "--tokens", "300"]
     with monkeypatch.context() as patch:
-        patch.setattr(search_module, "search_layer", interrupted)
+        patch.setattr(runs, "search_layer", interrupted)
         result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 130
     assert "the same command with --resume goes on" in result.stdout
