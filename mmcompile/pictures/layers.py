@@ -1,7 +1,6 @@
 """The layers of a running prefill, one after the other."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from mmcompile.architecture import Architecture
 from mmcompile.errors import MMCompileError, OptionError
+from mmcompile.passes.decide import Reason
 from mmcompile.passes.record_attention import SeenAttention
 from mmcompile.pattern_search.record import record
 from mmcompile.pattern_search.score import LayerAttention
@@ -17,10 +17,11 @@ from mmcompile.pictures.palette import modality_name
 MOST_SEGMENTS = 8  # that are named one by one
 
 
-def visit_layers(model: nn.Module, inputs: Mapping[str, Any], visit: Callable[[int, SeenAttention], Tensor]) -> None:
-    """Call `visit` with each layer of the text decoder of `model(**inputs)` and its number; it returns the output.
+def visit_layers(model: nn.Module, inputs: Mapping[str, Any], visit: Callable[[int, SeenAttention], Tensor]) -> int:
+    """Call `visit` with each layer's attention in the text decoder of `model(**inputs)`, and its number among them;
+    what it returns is the attention's output. Returns how many there were.
 
-    Raises MMCompileError, with the reasons, where no attention of it could be made sparse.
+    Raises MMCompileError, with the reasons, where one of them had to stay dense: those behind it would be misnumbered.
     """
     architecture = architecture_of(model)
     layer = 0
@@ -35,32 +36,31 @@ def visit_layers(model: nn.Module, inputs: Mapping[str, Any], visit: Callable[[i
         return output
 
     records = record(model, inputs, next_layer)
-    if layer == 0:
-        reasons = dict.fromkeys(f"{one.reason}: {one.detail}" for one in records if one.reason.is_refusal)
-        raise MMCompileError(f"no attention of the text decoder could be made sparse ({'; '.join(reasons) or 'none'})")
-
-
-class _Enough(Exception):
-    """The layer was seen."""
+    refused = dict.fromkeys(
+        f"{one.reason}: {one.detail}"
+        for one in records
+        if one.reason.is_refusal and one.reason is not Reason.NON_CAUSAL  # as vision towers are
+    )
+    if layer == 0 or (refused and layer < architecture.layers):
+        raise MMCompileError(
+            f"{layer} of the text decoder's {architecture.layers} attentions can be made sparse "
+            f"({'; '.join(refused) or 'no others were found'}); `python -m mmcompile explain` lists them"
+        )
+    return layer
 
 
 def seen_layer(model: nn.Module, inputs: Mapping[str, Any], layer: int) -> SeenAttention:
-    """One layer of `model(**inputs)`; the prefill ends there. Raises OptionError where there is no such layer."""
-    count = architecture_of(model).layers
-    if layer >= count:
-        raise OptionError(f"--layer {layer}: the model has layers 0 to {count - 1}")
+    """The attention of one layer of `model(**inputs)`. Raises OptionError where there is no such layer."""
     found: list[SeenAttention] = []
 
     def visit(number: int, seen: SeenAttention) -> Tensor:
         if number == layer:
             found.append(seen)
-            raise _Enough
         return LayerAttention(seen).output
 
-    with suppress(_Enough):
-        visit_layers(model, inputs, visit)
+    count = visit_layers(model, inputs, visit)
     if not found:
-        raise OptionError(f"--layer {layer}: that attention stays dense; `python -m mmcompile explain` says why")
+        raise OptionError(f"--layer {layer}: the model has layers 0 to {count - 1}")
     return found[0]
 
 

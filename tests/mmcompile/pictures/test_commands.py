@@ -9,7 +9,6 @@ from PIL import Image
 from playwright.sync_api import expect
 from typer.testing import CliRunner
 
-import mmcompile
 from mmcompile import HeadPattern, PatternTable, cli
 from mmcompile.architecture import Architecture
 from mmcompile.tables import FrontPoint, HeadFinding, Sample
@@ -190,16 +189,3 @@ def test_a_table_that_is_none(fail, tmp_path):
 def test_without_matplotlib_is_one_clear_error_before_anything_else(fail, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert 'pip install "mmcompile[plot]"' in fail(*command)
-
-
-def test_the_drawn_model_is_left_as_it_was(model_path):
-    from mmcompile.huggingface import example_inputs, load_model
-    from mmcompile.pictures.layers import seen_layer
-
-    model = load_model(model_path, device="cpu")
-    inputs = example_inputs(model, tokens=200)
-    before = model(**inputs).logits
-    seen = seen_layer(model, inputs, 1)
-    assert seen.query.shape == (1, 4, 200, 16) and "layers.1" in seen.module_path
-    assert bool((model(**inputs).logits == before).all())
-    assert mmcompile.stats(model) == []
