@@ -186,11 +186,13 @@ def _constant(number: Any) -> float | None:
 def undo_repeat_kv(node: fx.Node) -> fx.Node:
     """The [B, Hkv, S, D] tensor whose heads `node` repeats, or `node` itself if it repeats none.
 
-    The form is: insert an axis after the heads, expand it to n, merge it into the heads. Shapes decide, so
-    that the ways to write each step (indexing with None or unsqueeze, view or reshape) need no list; only
+    The form is `repeat_interleave`, or: insert an axis after the heads, expand it to n, merge it into the heads. Shapes
+    decide, so that the ways to write each step (indexing with None or unsqueeze, view or reshape) need no list; only
     n copies of each head side by side count, since that is the layout grouped-query attention means.
     """
     merge = node
+    if operation(node) == "repeat_interleave":
+        return _interleaved(node)
     if operation(merge) not in ("reshape", "view"):
         return node
     expand = merge.args[0]
@@ -206,6 +208,16 @@ def undo_repeat_kv(node: fx.Node) -> fx.Node:
     if _inserts_axis(insert) and _repeats_heads(*(tuple(shape.shape) for shape in shapes)):
         return source
     return node
+
+
+def _interleaved(node: fx.Node) -> fx.Node:
+    """What `repeat_interleave` repeats, where that is each head, as often as the next."""
+    bound: dict[str, Any] = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    source = bound.get("input", bound.get("self"))
+    if not isinstance(source, fx.Node) or not isinstance(bound.get("repeats"), int) or bound.get("dim") not in (1, -3):
+        return node
+    value = fake_value(source)
+    return source if isinstance(value, torch.Tensor) and value.dim() == 4 else node
 
 
 def _inserts_axis(node: fx.Node) -> bool:

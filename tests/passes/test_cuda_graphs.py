@@ -51,6 +51,21 @@ def test_steps_on_a_cache_that_grows_are_left_out_and_so_are_sparse_prefills(mak
     assert all("cache that grows" in step for step in steps)
 
 
+def test_a_short_prefill_that_returns_its_cache_is_left_out():
+    model = qwen()
+    found = []
+
+    def backend(module, example_inputs):
+        rewritten = run_passes(module, HeadPattern(), min_tokens=500)
+        assert not rewritten.sparse
+        found.append(why_no_cuda_graph(rewritten))
+        return module.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(input_ids=torch.ones(1, 20, dtype=torch.int64), use_cache=True)
+    assert "cache that grows" in found[0]
+
+
 def test_steps_on_a_static_cache_are_recorded():
     model = qwen()
     prefill, *steps = reasons(model, StaticCache(config=model.config, max_cache_len=40), [20, 1, 1, 1])

@@ -44,6 +44,10 @@ def by_unsqueeze(x):
     return x.unsqueeze(2).expand(-1, -1, 2, -1, -1).reshape(1, HEADS, x.shape[2], DIM)
 
 
+def by_repeat_interleave(x):
+    return x.repeat_interleave(2, dim=1)
+
+
 def interleaved(x):  # heads 0 1 0 1: repeats, but not the layout of grouped-query attention
     return x[:, None].expand(1, 2, KV_HEADS, LENGTH, DIM).reshape(1, HEADS, LENGTH, DIM)
 
@@ -52,7 +56,7 @@ def scaled_twice(x):
     return (x[:, :, None] * torch.ones(1, 1, 2, 1, 1)).reshape(1, HEADS, LENGTH, DIM)
 
 
-@pytest.mark.parametrize("repeat", [by_indexing, by_unsqueeze])
+@pytest.mark.parametrize("repeat", [by_indexing, by_unsqueeze, by_repeat_interleave])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_repeat_kv_is_undone(repeat, dynamic):
     module = capture(
@@ -65,7 +69,15 @@ def test_repeat_kv_is_undone(repeat, dynamic):
     assert site.key.op == site.value.op == "placeholder"
 
 
-@pytest.mark.parametrize("repeat", [interleaved, scaled_twice])
+def unevenly(x):
+    return x.repeat_interleave(torch.tensor([1, 3]), 1, output_size=HEADS)
+
+
+def of_the_batch(x):
+    return torch.repeat_interleave(x.transpose(0, 1), 2, 0).transpose(0, 1)
+
+
+@pytest.mark.parametrize("repeat", [interleaved, scaled_twice, unevenly, of_the_batch])
 def test_what_only_looks_like_repeat_kv_is_left_alone(repeat):
     module = capture(
         lambda q, k, v: F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True), *operands()
