@@ -22,7 +22,7 @@ from mmcompile.tables import PatternTable, mean_error
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS = 28, 4, 128, 3584, 28  # of Qwen2.5-VL-7B
 GRID = (16, 16)  # tokens of a frame
 FEW = 3  # layers of the searches that only ask what is found
-SMALL = 0.06  # a budget that planted patterns fill
+SMALL = 0.08  # a budget that planted patterns fill
 
 KINDS = ("site", "local", "columns")
 EXPECTED = {"site": ("grid", True), "local": ("a_shape", False), "columns": ("vertical_slash", False)}

@@ -1,7 +1,7 @@
 """Candidates brought to equal measured kernel time, and what a head costs at the density that it got."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,12 +86,7 @@ def cost_class(pattern: HeadPattern) -> str:
     return f"{'/'.join(orders)}, {pattern.boundary if pattern.boundary != 'k' else 'none'}, {single}"
 
 
-def measure_costs(
-    attention: LayerAttention,
-    candidates: Sequence[HeadPattern],
-    density: float | None,
-    step: Callable[[str], None] = lambda name: None,
-) -> Costs:
+def measure_costs(attention: LayerAttention, candidates: Sequence[HeadPattern], density: float | None) -> Costs:
     """Bring the candidates to the time of the reference, and to its `LEVELS`.
 
     density: the wanted time is instead that of an A-shape of this density.
@@ -104,7 +99,6 @@ def measure_costs(
     targets = tuple(min(level * wanted.ms, dense.ms) for level in LEVELS)
     sized = [Sized(-1, HeadPattern(), 0, dense.ms, dense.density)]
     for index, candidate in enumerate(candidates):
-        step(str(candidate))
         if candidate.boundary in ("q", "2d") and len(attention.modalities) < 2:
             continue
         density_below = -1.0

@@ -1,5 +1,6 @@
 """The search of one layer: every candidate alone, then each modality its own, then each pair of modalities."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from mmcompile.pattern_search.equal_time import LEVELS, WANTED, Costs, Sized, co
 from mmcompile.pattern_search.score import LayerAttention, Score
 
 Heads = tuple[HeadPattern, ...]
+_RACE = 1.25  # times the least error of a head: candidates beyond it are not refined
 _NOT_IN_PAIRS = ("columns", "vertical_slash", "sf_fixed")  # they pick single keys
 
 
@@ -120,46 +122,60 @@ class _LayerSearch:
         return made
 
     def best_of_pairs(self, candidates: Sequence[Sized]) -> list[Heads]:
-        """Of patterns that group queries and keys: each pair of modalities with its best, one pair after the other."""
+        """Of patterns that group queries and keys: each pair of modalities with its best, one pair after the other.
+
+        Heads for which other candidates are far better are left out.
+        """
         made = []
         for group in _by_orders(candidates):
-            start = [
-                min(group, key=lambda one: self.scores[one].error[head]).pattern for head in range(self.attention.heads)
-            ]
-            pairs: list[dict[tuple[int, int], HeadPattern]] = [{} for _ in start]
-            now = tuple(self._joined(pattern, {}) for pattern in start)
-            least = self._try([now])[0].error
-            for query in self.attention.modalities:
-                for key in self.attention.modalities:
-                    trials = [
-                        tuple(
-                            self._joined(pattern, own | {(query, key): one.pattern})
-                            for pattern, own in zip(start, pairs, strict=True)
-                        )
-                        for one in group
-                    ]
-                    tried = self._try([trial for trial in trials if trial != now])
-                    errors = list(least)
-                    for trial in tried:
-                        for head, error in enumerate(trial.error):
-                            if error < errors[head]:
-                                errors[head] = error
-                                pairs[head] = _pairs_of(trial.patterns[head])
-                    now = tuple(self._joined(pattern, own) for pattern, own in zip(start, pairs, strict=True))
-                    least = tuple(errors)
-            made.append(now)
+            best = [min(group, key=lambda one: self.scores[one].error[head]) for head in range(self.attention.heads)]
+            racing = [self.scores[one].error[head] <= _RACE * self.least(head) for head, one in enumerate(best)]
+            if any(racing):
+                start = [
+                    one.pattern if runs else best[racing.index(True)].pattern
+                    for one, runs in zip(best, racing, strict=True)
+                ]
+                made.append(self._descend(start, racing, [one.pattern for one in group]))
         return made
 
-    def other_levels(self, made: Sequence[Heads]) -> None:
-        """What was put together, at the other levels."""
-        self._try(
-            [
-                tuple(replace(pattern, density=self.costs.cap(pattern, level)) for pattern in heads)
-                for level in range(len(LEVELS))
-                for heads in made
-                if level != WANTED
+    def least(self, head: int) -> float:
+        """The least error of a head with any candidate of the wanted time."""
+        return min(self.scores[one].error[head] for one in self.costs.at(WANTED))
+
+    def _descend(self, start: Sequence[HeadPattern], racing: Sequence[bool], group: Sequence[HeadPattern]) -> Heads:
+        """Replace one pair after the other by whatever of the group lowers a head's error."""
+        pairs: list[dict[tuple[int, int], HeadPattern]] = [{} for _ in start]
+        now = tuple(self._joined(pattern, {}) for pattern in start)
+        errors = list(self._try([now])[0].error)
+        for pair in itertools.product(self.attention.modalities, repeat=2):
+            trials = [
+                tuple(
+                    self._joined(pattern, own | {pair: one} if runs else {})
+                    for pattern, own, runs in zip(start, pairs, racing, strict=True)
+                )
+                for one in group
             ]
-        )
+            for trial in self._try([trial for trial in trials if trial != now]):
+                for head, error in enumerate(trial.error):
+                    if racing[head] and error < errors[head]:
+                        errors[head], pairs[head] = error, _pairs_of(trial.patterns[head])
+            now = tuple(self._joined(pattern, own) for pattern, own in zip(start, pairs, strict=True))
+        return now
+
+    def other_levels(self, made: Sequence[Heads]) -> None:
+        """What was put together, at the other levels, for heads that gained by it."""
+        tried = {one.patterns: one for one in self.found}
+        for heads in made:
+            # Heads that took different trials were not run together yet.
+            one = tried.get(heads) or self._try([heads])[0]
+            gained = [error < self.least(head) for head, error in enumerate(one.error)]
+            if not any(gained):
+                continue
+            # The other heads join one that did: each pattern is planned by itself.
+            other = heads[gained.index(True)]
+            joined = [pattern if gains else other for pattern, gains in zip(heads, gained, strict=True)]
+            levels = [level for level in range(len(LEVELS)) if level != WANTED]
+            self._try([tuple(replace(p, density=self.costs.cap(p, level)) for p in joined) for level in levels])
 
     def _joined(self, pattern: HeadPattern, pairs: Mapping[tuple[int, int], HeadPattern]) -> HeadPattern:
         """A pattern with some of its pairs replaced, at the wanted time."""

@@ -71,7 +71,8 @@ class LayerAttention:
         wrong = self._by_modality(output)
         figures = torch.cat(
             [
-                (wrong.sum(1, keepdim=True) / self._energy.sum(1, keepdim=True)).sqrt(),
+                # A head whose values are all 0 is right whatever it computes.
+                (wrong.sum(1, keepdim=True) / self._energy.sum(1, keepdim=True).clamp(min=1e-30)).sqrt(),
                 (wrong / self._energy).sqrt(),
                 planned.of_heads(planned.density).mean(0).unsqueeze(1),
                 held.unsqueeze(1),

@@ -69,6 +69,11 @@ def test_every_tile_is_without_error(attention):
     assert score.density == (1.0, 1.0)
 
 
+def test_a_head_without_values_is_right_whatever_it_computes(planted):
+    silent = LayerAttention(replace(seen_of(planted), value=torch.zeros_like(planted.value)))
+    assert silent.score(PATTERNS[0]).read().error == (0.0, 0.0)
+
+
 def test_heads_may_differ_and_each_is_scored_as_if_it_were_alone(attention):
     together = attention.score(PATTERNS[:2]).read()
     alone = [attention.score(pattern).read() for pattern in PATTERNS[:2]]
