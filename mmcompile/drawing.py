@@ -3,11 +3,13 @@
 import io
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from mmcompile.errors import MMCompileError
 
 DPI = 150
+CHARACTERS_PER_INCH = 10  # of a title
 
 
 class DrawingError(MMCompileError):
@@ -18,6 +20,12 @@ def require_matplotlib() -> None:
     """Raises DrawingError where no plot can be drawn."""
     if find_spec("matplotlib") is None:
         raise DrawingError('a plot needs matplotlib, which is not installed: pip install "mmcompile[plot]"')
+
+
+def set_title(figure: Any, title: str) -> None:
+    """A title over all of a matplotlib figure, in as many lines as its width needs."""
+    width = int(CHARACTERS_PER_INCH * figure.get_figwidth())
+    figure.suptitle("\n".join(fill(line, width) for line in title.splitlines()), fontsize=11)
 
 
 def save_drawing(figure: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcompile.drawing import set_title
 from mmcompile.pictures.attention_map import AttentionMap, Panel
 from mmcompile.pictures.palette import BLUE, VERMILLION, modality_colour, modality_name
 
@@ -35,7 +36,7 @@ def draw_attention_map(drawn: AttentionMap, title: str) -> Figure:
     kinds = sorted({*drawn.raster.query_modality.tolist(), *drawn.raster.key_modality.tolist()})
     figure.legend(handles=_patches(kinds), loc="outside lower center", ncols=3 + len(kinds), frameon=False, fontsize=9)
     held = f"{drawn.density:.1%} of the causal tiles hold {drawn.recall:.1%} of the attention"
-    figure.suptitle(f"{title}\n{held}", fontsize=11)
+    set_title(figure, f"{title}\n{held}")
     return figure
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmcompile.drawing import set_title
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.pictures.palette import BLACK, GREY, KINDS, YELLOW
 from mmcompile.tables import HeadFinding
@@ -31,5 +32,5 @@ def draw_front(finding: HeadFinding, pattern: HeadPattern, title: str) -> Figure
     axis.set(xlabel="milliseconds of the head's share of the kernel", ylabel="error of the output", ylim=(0, None))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    set_title(figure, title)
     return figure

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmcompile.drawing import set_title
 from mmcompile.kernels.patterns import KINDS, HeadPattern
 from mmcompile.pictures.palette import DARK
 from mmcompile.pictures.palette import KINDS as COLOURS
@@ -53,7 +54,7 @@ def draw_head_map(
         axis.set(xlabel="head", xticks=_ticks(columns), yticks=_ticks(rows))
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("layer")
-    figure.suptitle(title, fontsize=11)
+    set_title(figure, title)
     return figure
 
 

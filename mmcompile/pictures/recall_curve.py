@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mmcompile.drawing import set_title
 from mmcompile.kernels.attend import plan_attention
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.options import AUTO_PATTERN
@@ -121,5 +122,5 @@ def draw_recall_curves(
     axis.set_ylim(top=1.02)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    set_title(figure, title)
     return figure
