@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmcompile.kernels.a_shape import BEYOND, AShapeRuns, Intervals, KeyGroups
 from mmcompile.kernels.patterns import MAX_TOKENS, MODALITIES, TILE
+from mmcompile.kernels.sum_before import SUMMED, sum_before
+from mmcompile.kernels.tags import INVALID
 
 KEYS = 1024  # keys of one program
 QUERIES = 128  # queries of one program
@@ -41,6 +43,45 @@ def sort_keys(tags: Tensor, modality: Tensor | None) -> Tensor:
             tags, modality, output, tags.stride(0), length, BEYOND, MODALITIES, KEYS, **OPTIONS
         )
     return output
+
+
+@triton.jit(do_not_specialize=["length", "tiles", "copies", "position_stride", "slot_stride"])
+def _rank_valid_kernel(
+    position, usable, slot, output, output_slots, length, tiles, copies, position_stride, slot_stride,
+    INVALID: tl.constexpr, BEYOND: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Valid keys by rank. position: int32, a batch row for `copies` rows of slot and outputs. usable: int32 [B, tiles]."""
+    blocks = tl.cdiv(length, KEYS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    batch = row // copies
+    start = tl.program_id(0) % blocks * KEYS
+    token = start + tl.arange(0, KEYS)
+    inside = token < length
+    usable += batch * tiles
+    before = sum_before(usable, start // TILE, SUMMED)
+    total = sum_before(usable, tiles, SUMMED)
+    valid = tl.load(position + batch * position_stride + token, mask=inside, other=INVALID) != INVALID
+    of_slot = tl.load(slot + row * slot_stride + token, mask=valid, other=0).to(tl.int64)
+    rank = before + tl.cumsum(valid.to(tl.int32), 0) - 1
+    output += row * length
+    output_slots += row * length
+    tl.store(output + rank, token.to(tl.int64), mask=valid)
+    tl.store(output_slots + rank, of_slot, mask=valid)
+    beyond = inside & (token >= total)
+    tl.store(output + token, tl.full([KEYS], BEYOND, tl.int64), mask=beyond)
+    tl.store(output_slots + token, tl.zeros([KEYS], tl.int64), mask=beyond)
+
+
+def rank_valid_keys(position: Tensor, usable: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """`a_shape.rank_valid_keys_cpu`. The last dimension of position and slot is contiguous, as is usable."""
+    rows, length = slot.shape
+    output, output_slots = torch.empty(2, rows, length, dtype=torch.int64, device=slot.device).unbind(0)
+    with torch.cuda.device_of(slot):
+        _rank_valid_kernel[(rows * triton.cdiv(length, KEYS),)](
+            position, usable, slot, output, output_slots, length, usable.shape[1], rows // position.shape[0],
+            position.stride(0), slot.stride(0), INVALID, BEYOND, TILE, KEYS, SUMMED, **OPTIONS,
+        )  # fmt: skip
+    return output, output_slots
 
 
 @triton.jit

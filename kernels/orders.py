@@ -15,6 +15,26 @@ NO_SITE = -1
 MAX_SITES = 2**24  # with three bits of modality a sort key fits int32
 
 
+def modalities(
+    offsets: Tensor, modality: Tensor, batch: int, query_length: int, key_length: int, query_offset: int
+) -> tuple[Tensor, Tensor]:
+    """The modality of each query token and of each key, int32 [B, Sq] and [B, Sk]. As `token_modality` and `of_keys`."""
+    if offsets.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import orders_kernel
+
+        return orders_kernel.modalities(offsets, modality, batch, query_length, key_length, query_offset)
+    return modalities_cpu(offsets, modality, batch, query_length, key_length, query_offset)
+
+
+def modalities_cpu(
+    offsets: Tensor, modality: Tensor, batch: int, query_length: int, key_length: int, query_offset: int
+) -> tuple[Tensor, Tensor]:
+    """`modalities` in torch operations."""
+    of_query = token_modality(offsets, modality, batch, query_length)
+    return of_query, of_keys(of_query, key_length, query_offset, 0)
+
+
 def token_modality(offsets: Tensor, modality: Tensor, batch: int, length: int) -> Tensor:
     """The modality of each query token.
 
@@ -42,6 +62,16 @@ class TokenSites(NamedTuple):
     @classmethod
     def of(cls, offsets: Tensor, modality: Tensor, grid: Tensor, batch: int, length: int) -> "TokenSites":
         """offsets: int32 [M + 1], modality: int32 [M], grid: int32 [M, 3] (frames, rows, columns)."""
+        if offsets.device.type == "cuda":
+            # Triton is imported for a GPU only.
+            from mmcompile.kernels import orders_kernel
+
+            return cls(*orders_kernel.token_sites(offsets, modality, grid, batch, length))
+        return cls.of_cpu(offsets, modality, grid, batch, length)
+
+    @classmethod
+    def of_cpu(cls, offsets: Tensor, modality: Tensor, grid: Tensor, batch: int, length: int) -> "TokenSites":
+        """`of` in torch operations."""
         of_token = token_modality(offsets, modality, batch, length)
         token = torch.arange(batch * length, dtype=torch.int32, device=offsets.device)
         if modality.shape[0] == 0:
@@ -76,16 +106,51 @@ class TokenSites(NamedTuple):
         return torch.where(vision & (stride > 0), site, NO_SITE)
 
 
-def token_order(order: Order, modality: Tensor, site: Tensor) -> Tensor:
+class Sorted(NamedTuple):
+    """How tokens stand in one order."""
+
+    order: Tensor | None  # integer [B, S], slot -> position, or None where slots are positions
+    site: Tensor | None  # int32 [B, S] in token order, or None where no token has one
+
+
+RASTER = Sorted(None, None)
+
+
+def sort_queries(tokens: TokenSites, order: Order, searched: Tensor | None) -> Sorted:
+    """The queries in an order. searched: int32 [B], the stride found in the data, or None."""
+    if order == Order():
+        return RASTER
+    site = _sites(tokens, order, searched)
+    return Sorted(token_order(order, tokens.modality, site), site)
+
+
+def sort_keys(
+    tokens: TokenSites, order: Order, searched: Tensor | None, valid: Tensor | None, length: int, query_offset: int
+) -> Sorted:
+    """The keys in an order: `length` of them, key k being query token k - query_offset. valid: bool [B, Sk] or None."""
+    if order == Order():
+        return RASTER
+    modality, site = of_keys(tokens.modality, length, query_offset, 0), _sites(tokens, order, searched)
+    if site is not None:
+        site = without_sink(of_keys(site, length, query_offset, NO_SITE), valid)
+    return Sorted(token_order(order, modality, site), site)
+
+
+def _sites(tokens: TokenSites, order: Order, searched: Tensor | None) -> Tensor | None:
+    return None if order.base == "raster" else tokens.sites(order, searched if order.searches else None)
+
+
+def token_order(order: Order, modality: Tensor, site: Tensor | None) -> Tensor:
     """Tokens sorted by (modality if the order is grouped, site, position); equals keep their order (section 3).
 
-    modality, site: int32 [B, S]. Returns int32 [B, S], slot -> position.
+    modality, site: int32 [B, S]; site is not looked at in raster orders. Returns int32 [B, S], slot -> position.
     """
     batch, length = modality.shape
     if order.base == "raster" and not order.grouped:
         return torch.arange(length, dtype=torch.int32, device=modality.device).expand(batch, length)
     if order.base == "raster":
         return torch.argsort(modality.to(torch.uint8), dim=-1, stable=True).to(torch.int32)
+    assert site is not None
     sort_key = site + 1
     if order.grouped:
         sort_key = sort_key + modality * MAX_SITES
@@ -116,7 +181,16 @@ def without_sink(site: Tensor, key_valid: Tensor | None) -> Tensor:
 
 
 def slots(order: Tensor) -> Tensor:
-    """The inverse of an order. order: int32 [B, S], slot -> position. Returns int32 [B, S], the other way."""
+    """The inverse of an order. order: int32 [..., S], slot -> position. Returns int32 [..., S], the other way."""
+    if order.device.type == "cuda":
+        from mmcompile.kernels import orders_kernel
+
+        return orders_kernel.slots(order)
+    return slots_cpu(order)
+
+
+def slots_cpu(order: Tensor) -> Tensor:
+    """`slots` in torch operations."""
     slot = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
     return torch.empty_like(slot, memory_format=torch.contiguous_format).scatter_(-1, order.long(), slot)
 

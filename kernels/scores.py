@@ -44,7 +44,7 @@ def sampled_chunks(layout: Layout) -> list[slice]:
 def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None) -> tuple[Tensor, Tensor]:
     """Exact attention of the samples of each tile, averaged; and what of it the columns hold, float [N, rows]."""
     scene = of.scene
-    samples = sample_slots(scene.query_tiles, scene.query_modality.shape[1], layout.pair.device)
+    samples = sample_slots(scene.query_tiles, scene.query_length, layout.pair.device)
     slot = samples[:, rows].flatten().expand(of.rows, -1)
     log_mass = of.tile_log_mass(slot, None if columns is None else columns.cold)
     if columns is None:
@@ -56,7 +56,7 @@ def sampled_mass(of: Rows, layout: Layout, rows: slice, columns: Columns | None)
 
 def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
     """Mean query against mean key (FlexPrefill, arXiv 2502.20766; FlashPrefill pools keys alike)."""
-    query = of.queries(tile_slots(rows, of.scene.query_modality.shape[1], layout.pair.device).expand(of.rows, -1))
+    query = of.queries(tile_slots(rows, of.scene.query_length, layout.pair.device).expand(of.rows, -1))
     query = query.float().unflatten(1, (-1, TILE)).mean(2)
     key, usable = _pooled_keys(of)
     scores = query @ key.transpose(1, 2) * of.scene.scale + usable.log().unsqueeze(1)
@@ -71,7 +71,7 @@ def antidiagonal_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
     shares = []
     for start in range(rows.start, rows.stop, max(1, (rows.stop - rows.start) // 16)):
         part = slice(start, min(start + max(1, (rows.stop - rows.start) // 16), rows.stop))
-        query = of.queries(tile_slots(part, scene.query_modality.shape[1], device).expand(of.rows, -1))
+        query = of.queries(tile_slots(part, scene.query_length, device).expand(of.rows, -1))
         query = query.unflatten(1, (-1, ANTIDIAGONAL)).flip(2).flatten(2)  # [N, rows * 8, 16 * D]
         # Scaled first: sums of so many products could pass what float16 holds.
         scores = ((query * (scene.scale / ANTIDIAGONAL)) @ key.transpose(1, 2)).float()

@@ -13,21 +13,31 @@ from torch import Tensor
 from mmcompile.kernels import (
     a_shape,
     a_shape_kernel,
+    arrange,
+    lines,
+    lines_kernel,
+    orders,
+    orders_kernel,
+    scene_kernel,
     tile_bounds,
     tile_bounds_kernel,
     tile_classes,
     tile_list,
     tile_list_kernel,
+    top_keys,
+    top_keys_kernel,
 )
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels.a_shape import Intervals
 from mmcompile.kernels.levels import MASS_LEVELS, OCTAVE, MassLevels, Rings
 from mmcompile.kernels.lines import Diagonals, GridLines
 from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.scene import Rows
 from mmcompile.kernels.tile_bounds import TileBounds
 from mmcompile.kernels.tile_classes import MANDATORY, NON_EMPTY
 from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places
 from mmcompile.kernels.tile_list_kernel import Steps
+from mmcompile.kernels.top_keys import Wanted
 from tests.kernels.pattern_cases import PatternCase, combinations
 from tests.kernels.plan_cases import Made, PlanCase, plan_cases, site_cases
 
@@ -53,14 +63,28 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(tile_bounds, "count_non_empty_cpu", tile_bounds_kernel.count_non_empty)
         patch.setattr(tile_classes, "classify_cpu", tile_bounds_kernel.classify)
         patch.setattr(a_shape, "sort_keys_cpu", a_shape_kernel.sort_keys)
+        patch.setattr(a_shape, "rank_valid_keys_cpu", a_shape_kernel.rank_valid_keys)
         patch.setattr(a_shape, "runs_cpu", a_shape_kernel.runs)
         patch.setattr(tile_list, "find_cut_cpu", tile_list_kernel.find_cut)
         patch.setattr(tile_list, "list_tiles_cpu", tile_list_kernel.list_tiles)
         patch.setattr(tile_list, "density_cpu", tile_list_kernel.density)
+        patch.setattr(lines, "rank_diagonals_cpu", lines_kernel.rank_diagonals)
+        patch.setattr(top_keys, "list_top_keys_cpu", top_keys_kernel.list_top_keys)
+        patch.setattr(top_keys, "reached_cpu", top_keys_kernel.reached)
+        patch.setattr(Rows, "own_tiles_cpu", scene_kernel.own_tiles)
+        patch.setattr(orders, "modalities_cpu", orders_kernel.modalities)
+        patch.setattr(orders, "slots_cpu", orders_kernel.slots)
+        patch.setattr(arrange, "fill_cpu", orders_kernel.fill)
         patch.setattr(tile_bounds_kernel, "KEY_TILES", key_tiles)
+        for kernel in (tile_bounds_kernel, tile_list_kernel, a_shape_kernel):
+            patch.setattr(kernel, "SUMMED", 2)
+        patch.setattr(a_shape_kernel, "KEYS", TILE)
+        patch.setattr(orders_kernel, "TOKENS", 64)
+        for size, value in (("KEYS", 16), ("LISTED", 8), ("CHUNKS", 4), ("ROWS", 4)):
+            patch.setattr(top_keys_kernel, size, value)
+        patch.setattr(lines_kernel, "DISTANCES", key_tiles)
         for walk in ("PUT", "COUNT", "LIST"):
             patch.setattr(tile_list_kernel, walk, Steps(key_tiles, 1))
-        patch.setattr(tile_list_kernel, "SUMMED", 2)
         patch.setattr(tile_list_kernel, "QUERY_TILES", 2)
         yield patch
 
@@ -148,9 +172,9 @@ class ListCase:
             return grid
         diagonals = Diagonals.__new__(Diagonals)
         diagonals.count = max(1, key_tiles // 2)
-        diagonals.levels = torch.randint(diagonals.count + 1, (n, key_tiles + 1), generator=draw)
-        diagonals.own = torch.randint(key_tiles, (2, n, query_tiles), generator=draw)
-        diagonals.key_tile = torch.arange(key_tiles)
+        diagonals.levels = torch.randint(diagonals.count + 1, (n, key_tiles + 1), generator=draw).int()
+        diagonals.own = torch.randint(key_tiles, (n, 2, query_tiles), generator=draw).int()
+        diagonals.key_tiles = key_tiles
         return diagonals
 
 
@@ -193,6 +217,7 @@ def test_any_cut_of_any_tiles(case: ListCase, step: int) -> None:
         columns = torch.randint(200, (n, query_tiles), generator=draw).int()
         limits = limits._replace(columns=columns, held=torch.rand(n, query_tiles, generator=draw).round(decimals=1))
     hot_tiles = torch.rand(n, key_tiles, generator=draw) < 0.3 if case.seed % 2 else None
+    listed = limits.columns
     room = int(case.room * query_tiles * key_tiles)
     # The rows are some of a larger plan's, as those of one pattern are.
     written = []
@@ -204,7 +229,7 @@ def test_any_cut_of_any_tiles(case: ListCase, step: int) -> None:
         tiles = torch.full((case.batch, case.rows + 2, room), 7, dtype=torch.int32)
         with by_triton(step):
             cut = None if limits.budget is None and limits.recall is None else find(layout, levels, limits)
-            write(layout, levels, cut, hot_tiles, counts[:, 1:-1], tiles[:, 1:-1])
+            write(layout, levels, cut, hot_tiles, listed, counts[:, 1:-1], tiles[:, 1:-1])
         written.append((counts, tiles))
     assert all(torch.equal(one, other) for one, other in zip(*written, strict=True))
 
@@ -228,3 +253,73 @@ def test_levels_of_mass_are_those_of_torch_or_next_to_them(
     some = layout.non_empty(slice(0, query_tiles))
     assert not (((one.levels - other.levels).abs() > 1) & some).any()
     assert not ((other.levels < 0) & some).any() and not ((other.levels >= MASS_LEVELS) & some).any()
+
+
+@dataclass(frozen=True)
+class KeyCase:
+    """Weights of some rows, of few values where `levels` are few, so that many are equal."""
+
+    seed: int
+    batch: int
+    rows: int  # of a batch row
+    orders: int
+    keys: int
+    levels: int
+    most: float  # of all keys
+    wide: int  # more room than that
+    times: float
+    least: float
+
+
+@few
+@given(
+    st.builds(
+        KeyCase,
+        seed=st.integers(0, 2**31),
+        batch=st.integers(1, 2),
+        rows=st.integers(1, 3),
+        orders=st.integers(1, 2),
+        keys=st.integers(1, 400),
+        levels=st.sampled_from([1, 2, 5, 300]),
+        most=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
+        wide=st.integers(0, 20),
+        times=st.sampled_from([1.0, 3.0]),
+        least=st.sampled_from([0.0, 0.1]),
+    )
+)
+def test_the_keys_with_the_most_weight_are_listed_by_position(case: KeyCase) -> None:
+    draw = torch.Generator().manual_seed(case.seed)
+    rows = case.batch * case.rows
+    weight = torch.randint(case.levels + 1, (rows, case.keys + 3), generator=draw) / case.levels
+    weight = (weight * torch.rand((), generator=draw)).pow(4)[:, : case.keys]
+    slots = [torch.randperm(case.keys, generator=draw) for _ in range(case.batch * case.orders)]
+    key_slots = torch.stack(slots).view(case.batch, case.orders, -1).int()
+    key_row = torch.randint(case.orders, (case.batch, case.rows), generator=draw).int()
+    most = int(case.most * case.keys)
+    arguments = weight, key_slots, key_row, most + case.wide, Wanted(most, case.times, case.least)
+    expected = top_keys.list_top_keys_cpu(*arguments)
+    last = torch.randint(-1, case.keys, (rows, 9), generator=draw).int()
+    with by_triton():
+        made = top_keys_kernel.list_top_keys(*arguments)
+        assert torch.equal(top_keys_kernel.reached(made, last), top_keys.reached_cpu(expected, last))
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    # And the list is what it says.
+    for n in range(rows):
+        by_position = weight[n, key_slots[n // case.rows, key_row.flatten()[n]].long()]
+        found = expected.positions[n, : expected.listed[n]].tolist()
+        assert found == sorted(found) and len(found) <= most
+        usable = (by_position * case.times > case.least).nonzero().flatten().tolist()
+        best = sorted(usable, key=lambda position: (-float(by_position[position]), position))[:most]
+        assert found == sorted(best)
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 12))
+def test_diagonals_are_ranked_by_their_sums(seed: int, rows: int, samples: int, key_tiles: int, count: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    mass = torch.rand(rows, samples, key_tiles, generator=draw).mul(4).round() / 4
+    own = torch.randint(key_tiles, (rows, samples + 2), generator=draw).int()[:, :samples]
+    arguments = mass, own, min(count, key_tiles)
+    with by_triton():
+        made = lines_kernel.rank_diagonals(*arguments)
+    assert torch.equal(made, lines.rank_diagonals_cpu(*arguments))
