@@ -45,10 +45,13 @@ class Intervals(NamedTuple):
 class KeyGroups:
     """The valid keys sorted by (segment, modality, position): a group is a run of ranks."""
 
-    def __init__(self, sorted: Tensor, slots: Tensor) -> None:
-        """sorted: int64 [O, Sk], what keys are sorted by, those that are not valid last. slots: int64 [O, Sk], theirs."""
+    def __init__(self, sorted: Tensor, slots: Tensor, after: Tensor | None = None) -> None:
+        """sorted: int64 [O, Sk], what keys are sorted by, those that are not valid last. slots: theirs, likewise.
+
+        after: int32 [O, Sk], the rank that follows each position, where that is known of a single group.
+        """
         self.length = sorted.shape[-1]
-        self.sorted, self.slots = sorted, slots
+        self.sorted, self.slots, self.after = sorted, slots, after
 
     @classmethod
     def of(cls, tags: Tensor, modality: Tensor | None) -> "KeyGroups":
@@ -113,12 +116,13 @@ def sort_keys_cpu(tags: Tensor, modality: Tensor | None) -> Tensor:
     return torch.where(position == INVALID, BEYOND, start + position)
 
 
-def rank_valid_keys_cpu(position: Tensor, _usable: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+def rank_valid_keys_cpu(position: Tensor, _usable: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`KeyGroups.of_one_segment` in torch operations."""
     by, token = torch.where(position == INVALID, BEYOND, position.long()).sort(-1)
+    after = (position != INVALID).cumsum(-1, dtype=torch.int32)
     copies = slot.shape[0] // position.shape[0]
-    by, token = by.repeat_interleave(copies, 0), token.repeat_interleave(copies, 0)
-    return by, slot.gather(-1, token).long()
+    by, token, after = (of_row.repeat_interleave(copies, 0) for of_row in (by, token, after))
+    return by, slot.gather(-1, token).long(), after
 
 
 class AShapeRuns(NamedTuple):

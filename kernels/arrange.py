@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import SymInt, Tensor
 
-from mmcompile.kernels.orders import NO_SITE, RASTER, Sorted, TokenSites, sort_keys, sort_queries
+from mmcompile.kernels.orders import NO_SITE, RASTER, Keys, Sorted, TokenSites, sort_tokens
 from mmcompile.kernels.patterns import Order, decode_orders
 from mmcompile.kernels.search_stride import search_stride
 from mmcompile.kernels.tags import TokenMask, token_tags
@@ -89,16 +89,16 @@ def arrange(
     if key_length < min_tokens:
         query_orders, key_orders = (Order(),) * len(query_orders), (Order(),) * len(key_orders)
     named = {*query_orders, *key_orders}
-    if named == {Order()}:  # nobody asks for sites
-        in_query_order = in_key_order = {Order(): RASTER}
+    if all(order.is_raster for order in named):  # nobody asks what tokens are
+        in_query_order = in_key_order = dict.fromkeys(named, RASTER)
     else:
         tokens = TokenSites.of(offsets, modality, grid, batch, query_length)
         strides = _searched_strides(query, key, tokens, query_offset, scale, named)
-        in_query_order = {order: sort_queries(tokens, order, strides.get(order.max_stride)) for order in query_orders}
-        in_key_order = {
-            order: sort_keys(tokens, order, strides.get(order.max_stride), key_valid, key_length, query_offset)
-            for order in key_orders
-        }
+        keys = Keys(key_length, query_offset, key_valid)
+        in_query_order, in_key_order = (
+            {order: sort_tokens(tokens, order, strides.get(order.max_stride), of) for order in orders_of}
+            for orders_of, of in ((query_orders, None), (key_orders, keys))
+        )
     for index, order in enumerate(query_orders):
         parts = result.query_order, result.query_tags, result.query_site
         fill(in_query_order[order], of_query, *(part[:, index] for part in parts))

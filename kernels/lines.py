@@ -14,7 +14,6 @@ from mmcompile.kernels.scene import Rows
 from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tile_bounds import site_bounds
 from mmcompile.kernels.tile_list import Layout, Streamed
-from mmcompile.kernels.top_keys import Wanted
 
 LAST_QUERIES = 64
 
@@ -109,7 +108,7 @@ def vertical_slash(rows: Rows, layout: Layout, pattern: HeadPattern, most: int) 
     groups = slot.shape[1] // LAST_QUERIES
     weight = rows.key_mass(slot, total, 0, groups)
     room = min(most, weight.shape[-1])
-    columns = Columns.of(rows, weight.amax(1) if groups > 1 else weight.squeeze(1), room, Wanted(room))
+    columns = Columns.of_most(rows, weight.amax(1) if groups > 1 else weight.squeeze(1), room)
     return columns, Diagonals(rows, layout, mass, rows.own_tiles(slot), -(-pattern.slash // TILE))
 
 

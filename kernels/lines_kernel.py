@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 DISTANCES = 128  # distances of one program
+AT_ONCE = 8  # samples of one step
 OTHERS = 32  # distances that these are compared with in one step
 # Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
@@ -13,7 +14,9 @@ SIZES = ["samples", "key_tiles", "own_stride", "count"]
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _sum_diagonals_kernel(mass, own, held, samples, key_tiles, own_stride, DISTANCES: tl.constexpr):
+def _sum_diagonals_kernel(
+    mass, own, held, samples, key_tiles, own_stride, DISTANCES: tl.constexpr, AT_ONCE: tl.constexpr
+):
     """Attention of some queries by distance. mass: float32 [N, samples, nK]. own: int32 [N, samples]. held: [N, nK]."""
     blocks = tl.cdiv(key_tiles, DISTANCES)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -21,10 +24,11 @@ def _sum_diagonals_kernel(mass, own, held, samples, key_tiles, own_stride, DISTA
     mass += row * samples * key_tiles
     own += row * own_stride
     total = tl.zeros([DISTANCES], tl.float32)
-    for sample in range(samples):
-        tile = tl.load(own + sample) - distance
-        total += tl.load(mass + tile, mask=tile >= 0, other=0.0)
-        mass += key_tiles
+    for start in range(0, samples, AT_ONCE):
+        for index in tl.static_range(AT_ONCE):  # so that their loads need not wait for each other
+            tile = tl.load(own + start + index, mask=start + index < samples, other=-1) - distance
+            total += tl.load(mass + tile, mask=tile >= 0, other=0.0)
+            mass += key_tiles
     tl.store(held + row * key_tiles + distance, total, mask=distance < key_tiles)
 
 
@@ -57,7 +61,7 @@ def rank_diagonals(mass: Tensor, own_tiles: Tensor, count: int) -> Tensor:
     grid = (rows * triton.cdiv(key_tiles, DISTANCES),)
     with torch.cuda.device_of(mass):
         _sum_diagonals_kernel[grid](
-            mass, own_tiles, held, samples, key_tiles, own_tiles.stride(0), DISTANCES, **OPTIONS
+            mass, own_tiles, held, samples, key_tiles, own_tiles.stride(0), DISTANCES, AT_ONCE, **OPTIONS
         )
         _rank_diagonals_kernel[grid](held, levels, key_tiles, count, DISTANCES, OTHERS, **OPTIONS | {"num_warps": 4})
     return levels

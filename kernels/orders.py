@@ -18,7 +18,7 @@ MAX_SITES = 2**24  # with three bits of modality a sort key fits int32
 def modalities(
     offsets: Tensor, modality: Tensor, batch: int, query_length: int, key_length: int, query_offset: int
 ) -> tuple[Tensor, Tensor]:
-    """The modality of each query token and of each key, int32 [B, Sq] and [B, Sk]. As `token_modality` and `of_keys`."""
+    """The modality of each query token and of each key, int32 [B, Sq] and [B, Sk]."""
     if offsets.device.type == "cuda":
         # Triton is imported for a GPU only.
         from mmcompile.kernels import orders_kernel
@@ -116,45 +116,50 @@ class Sorted(NamedTuple):
 RASTER = Sorted(None, None)
 
 
-def sort_queries(tokens: TokenSites, order: Order, searched: Tensor | None) -> Sorted:
-    """The queries in an order. searched: int32 [B], the stride found in the data, or None."""
-    if order == Order():
+class Keys(NamedTuple):
+    """What tells keys from queries: key k is query token k - offset."""
+
+    length: int
+    offset: int
+    valid: Tensor | None  # bool [B, Sk]
+
+
+def sort_tokens(tokens: TokenSites, order: Order, searched: Tensor | None, keys: Keys | None) -> Sorted:
+    """The queries in an order; or, given `keys`, these. searched: int32 [B], the stride found in the data, or None."""
+    if order.is_raster:
         return RASTER
-    site = _sites(tokens, order, searched)
-    return Sorted(token_order(order, tokens.modality, site), site)
+    searched = searched if order.searches else None
+    if tokens.modality.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import orders_kernel
+
+        by, site = orders_kernel.sort_by(tokens, order, searched, keys)
+    else:
+        by, site = sort_by_cpu(tokens, order, searched, keys)
+    # Equals keep their order: they are sorted by position as well (section 3).
+    return Sorted(torch.argsort(by, dim=-1, stable=True), site)
 
 
-def sort_keys(
-    tokens: TokenSites, order: Order, searched: Tensor | None, valid: Tensor | None, length: int, query_offset: int
-) -> Sorted:
-    """The keys in an order: `length` of them, key k being query token k - query_offset. valid: bool [B, Sk] or None."""
-    if order == Order():
-        return RASTER
-    modality, site = of_keys(tokens.modality, length, query_offset, 0), _sites(tokens, order, searched)
-    if site is not None:
-        site = without_sink(of_keys(site, length, query_offset, NO_SITE), valid)
-    return Sorted(token_order(order, modality, site), site)
+def sort_by_cpu(
+    tokens: TokenSites, order: Order, searched: Tensor | None, keys: Keys | None
+) -> tuple[Tensor, Tensor | None]:
+    """What tokens are sorted by, uint8 or int32 [B, S], and their sites, int32, or None in a raster order."""
+    modality, site = tokens.modality, None if order.base == "raster" else tokens.sites(order, searched)
+    if keys is not None:
+        modality = of_keys(modality, keys.length, keys.offset, 0)
+        if site is not None:
+            site = without_sink(of_keys(site, keys.length, keys.offset, NO_SITE), keys.valid)
+    return sort_key(order, modality, site), site
 
 
-def _sites(tokens: TokenSites, order: Order, searched: Tensor | None) -> Tensor | None:
-    return None if order.base == "raster" else tokens.sites(order, searched if order.searches else None)
+def sort_key(order: Order, modality: Tensor, site: Tensor | None) -> Tensor:
+    """(modality if the order is grouped, site) as one number: uint8 [B, S] in a raster order, else int32.
 
-
-def token_order(order: Order, modality: Tensor, site: Tensor | None) -> Tensor:
-    """Tokens sorted by (modality if the order is grouped, site, position); equals keep their order (section 3).
-
-    modality, site: int32 [B, S]; site is not looked at in raster orders. Returns int32 [B, S], slot -> position.
+    modality, site: int32 [B, S], site None in a raster order.
     """
-    batch, length = modality.shape
-    if order.base == "raster" and not order.grouped:
-        return torch.arange(length, dtype=torch.int32, device=modality.device).expand(batch, length)
-    if order.base == "raster":
-        return torch.argsort(modality.to(torch.uint8), dim=-1, stable=True).to(torch.int32)
-    assert site is not None
-    sort_key = site + 1
-    if order.grouped:
-        sort_key = sort_key + modality * MAX_SITES
-    return torch.argsort(sort_key, dim=-1, stable=True).to(torch.int32)
+    if site is None:
+        return modality.to(torch.uint8)
+    return site + 1 + modality * MAX_SITES if order.grouped else site + 1
 
 
 def of_keys(of_query: Tensor, key_length: int, query_offset: int, outside: int) -> Tensor:

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmcompile.kernels.orders import NO_SITE, Sorted
-from mmcompile.kernels.patterns import MODALITIES
+from mmcompile.kernels.orders import MAX_SITES, NO_SITE, Keys, Sorted, TokenSites
+from mmcompile.kernels.patterns import MODALITIES, TILE, Order
 from mmcompile.kernels.tags import INVALID, INVALID_SPAN, NO_SPAN, TokenMask
 
 TOKENS = 1024  # tokens of one program
@@ -84,6 +84,96 @@ def modalities(
             batch, query_length, key_length, query_offset, MODALITIES, TOKENS, **OPTIONS,
         )  # fmt: skip
     return of_query, of_key
+
+
+@triton.jit(do_not_specialize=["count", "steps", "length"])
+def _token_sites_kernel(
+    offsets, modality, grid, output, count, steps, length, total,
+    MODALITIES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """output: int32 [4, total], the fields of `TokenSites`. grid: int32 [count, 3]. count: segments, one at least."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = token < total
+    segment = _segment_of(offsets, token, inside, count, steps)
+    start = tl.load(offsets + segment, mask=inside, other=0).to(tl.int32)
+    # A segment that no boundary tells (past the last offset) starts with its sequence.
+    place = token - tl.maximum(start, token - token % length)
+    rows = tl.maximum(tl.load(grid + segment * 3 + 1, mask=inside, other=0).to(tl.int32), 0)
+    columns = tl.maximum(tl.load(grid + segment * 3 + 2, mask=inside, other=0).to(tl.int32), 0)
+    found = _modality_of(offsets, modality, token, segment, inside, count, MODALITIES)
+    output += token
+    tl.store(output, found, mask=inside)
+    tl.store(output + total, place, mask=inside)
+    tl.store(output + 2 * total.to(tl.int64), rows * columns, mask=inside)
+    tl.store(output + 3 * total.to(tl.int64), columns, mask=inside)
+
+
+def token_sites(offsets: Tensor, modality: Tensor, grid: Tensor, batch: int, length: int) -> tuple[Tensor, ...]:
+    """`TokenSites.of`."""
+    count = modality.shape[0]
+    if count == 0:
+        return tuple(TokenSites.of_cpu(offsets, modality, grid, batch, length))
+    output = torch.empty(4, batch, length, dtype=torch.int32, device=offsets.device)
+    with torch.cuda.device_of(offsets):
+        _token_sites_kernel[(triton.cdiv(batch * length, TOKENS),)](
+            offsets.contiguous(), modality.contiguous(), grid.contiguous(), output, count, count.bit_length(),
+            length, batch * length, MODALITIES, TOKENS, **OPTIONS,
+        )  # fmt: skip
+    return output.unbind(0)
+
+
+@triton.jit(do_not_specialize=["length", "query_length", "offset", "stride"])
+def _sort_by_kernel(
+    modality, place, frame, row, searched, vision, rank, by, site, length, query_length, offset, stride,
+    COLUMN: tl.constexpr, GROUPED: tl.constexpr, KEYS: tl.constexpr, TILE: tl.constexpr, NO_SITE: tl.constexpr,
+    MAX_SITES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """What tokens are sorted by, and their sites: None in a raster order. vision: whether a batch row has any."""
+    batch, token = _block(length, TOKENS)
+    inside = token < length
+    known = inside & (token >= offset) & (token - offset < query_length)
+    source = batch * query_length + token - offset
+    group = tl.load(modality + source, mask=known, other=0)
+    key = group
+    if site is not None:
+        by_stride = tl.zeros_like(token) + stride
+        if stride == 0:
+            by_stride = tl.load((row if COLUMN else frame) + source, mask=known, other=0)
+            if searched is not None:
+                by_stride = tl.where(by_stride > 0, by_stride, tl.load(searched + batch).to(tl.int32))
+        # Where a row of the batch holds text alone, nothing told its modalities, and all of it counts as vision.
+        text = tl.where(tl.load(vision + batch).to(tl.int32) != 0, 0, -1)
+        sees = known & (group > text) & (by_stride > 0)
+        of_site = tl.load(place + source, mask=sees, other=0) % tl.maximum(by_stride, 1)
+        of_site = tl.where(sees, tl.minimum(of_site, MAX_SITES - 2), NO_SITE)
+        if KEYS:  # the first valid ones stand together at the front
+            of_rank = token if rank is None else tl.load(rank + batch * length + token, mask=inside, other=0)
+            of_site = tl.where(of_rank < TILE, NO_SITE, of_site)
+        tl.store(site + batch * length + token, of_site, mask=inside)
+        key = of_site + 1
+        if GROUPED:
+            key += group * MAX_SITES
+    tl.store(by + batch * length + token, key.to(by.dtype.element_ty), mask=inside)
+
+
+def sort_by(
+    tokens: TokenSites, order: Order, searched: Tensor | None, keys: Keys | None
+) -> tuple[Tensor, Tensor | None]:
+    """`orders.sort_by_cpu`."""
+    batch, query_length = tokens.modality.shape
+    length, offset, valid = (query_length, 0, None) if keys is None else keys
+    device, raster = tokens.modality.device, order.base == "raster"
+    by = torch.empty(batch, length, dtype=torch.uint8 if raster else torch.int32, device=device)
+    site = None if raster else torch.empty_like(by)
+    vision = None if raster else (tokens.modality > 0).any(-1)
+    rank = None if valid is None or raster else valid.expand(batch, -1).cumsum(-1, dtype=torch.int32) - 1
+    with torch.cuda.device_of(by):
+        _sort_by_kernel[(batch * triton.cdiv(length, TOKENS),)](
+            *(part.contiguous() for part in tokens), searched, vision, rank, by, site,
+            length, query_length, offset, order.stride,
+            order.base == "column", order.grouped, keys is not None, TILE, NO_SITE, MAX_SITES, TOKENS, **OPTIONS,
+        )  # fmt: skip
+    return by, site
 
 
 @triton.jit(do_not_specialize=["length"])

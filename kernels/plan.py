@@ -142,13 +142,13 @@ def plan(
     query_tags = _in_raster(arrangement.query_tags, arrangement.query_order, raster[0])
     key_tags = _in_raster(arrangement.key_tags, arrangement.key_order, raster[1])
     prompt = offsets, modality, query_offset
-    scene = Scene(
-        query, key, arrangement, query_tags, key_tags, raster, *prompt, scale, window, segments, spans
-    )
+    scene = Scene(query, key, arrangement, query_tags, key_tags, raster, *prompt, scale, window, segments, spans)
     # What dense attention computes, and the cap.
     causal, most = scene.raster_bounds().count_non_empty(1.0 if density is None else density)
     budget = None if density is None or density == 1.0 else most
-    stats = PlanStats(torch.empty(batch, len(rows), device=device), torch.full((batch, len(rows)), math.nan, device=device))
+    stats = PlanStats(
+        torch.empty(batch, len(rows), device=device), torch.full((batch, len(rows)), math.nan, device=device)
+    )
     for pattern, parts in _groups(rows, scene):
         pairs = _pairs(rows, pattern)
         if pattern.kind != "top_p" or density == 1.0:  # nothing to choose a pair by
@@ -167,7 +167,7 @@ def _groups(rows: Sequence[HeadPattern], scene: Scene) -> Iterator[tuple[HeadPat
     most = max(1, LEVELS_AT_ONCE // (scene.batch * scene.query_tiles * scene.key_tiles))
     start = 0
     for end in range(1, len(rows) + 1):
-        if end == len(rows) or rows[end] != rows[start]:
+        if end == len(rows) or (rows[end] is not rows[start] and rows[end] != rows[start]):
             yield rows[start], [slice(first, min(first + most, end)) for first in range(start, end, most)]
             start = end
 
@@ -208,7 +208,7 @@ def _plan_rows(
         one.columns.zero_()
         one.cold.fill_(True)
     target = None if pattern.pairs else _target(pattern, recall)
-    hot_tiles, counts = (None, None) if columns is None else (columns.hot_tiles, columns.counts)
+    hot_tiles, counts = (None, None) if columns is None else (columns.hot_tiles(), columns.counts)
     cut = None if dense else find_cut(layout, wanted.levels, Limits(budget, target, counts, wanted.held))
     list_tiles(layout, wanted.levels, cut, hot_tiles, counts, one.counts, one.tiles)
     if pattern.kind == "columns" and not dense:

@@ -5,7 +5,6 @@ queries alone mislead where they are text and the prompt is video. Some queries 
 no say, measures.
 """
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from mmcompile.kernels.scene import Pair, Rows, Scene, scattered
 from mmcompile.kernels.scores import SAMPLES, sample_slots
 from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tile_mass import listed_share, spread_out_share
-from mmcompile.kernels.top_keys import Wanted
 
 SPREAD = 24  # query tiles, besides those of the modalities' last queries
 MEASURING = 3 * TILE // 4  # row of a probed tile, which `scattered` moves on from tile to tile
@@ -248,11 +246,12 @@ def _hot_columns(rows: Rows, weight: Tensor, most: int, density: float | None) -
     weight: float [N, Sk] in key slots.
     """
     keys = weight.shape[-1]
+    best = weight.topk(min(most, keys), -1)
     # Of a query tile's causal tiles, half of all, two at least are mandatory: its own and the first.
     share = UNCAPPED if density is None else density
-    affordable = math.ceil(max(0.0, min(share / 2, share - 4 / rows.scene.key_tiles)) * keys)
-    room = min(most, keys)
-    return Columns.of(rows, weight, room, Wanted(min(room, affordable), keys, HOT))
+    share = max(0.0, min(share / 2, share - 4 / rows.scene.key_tiles))
+    affordable = torch.arange(best.values.shape[-1], device=weight.device) < share * keys
+    return Columns.of(rows, best.indices, (best.values * keys > HOT) & affordable)
 
 
 def _outside(total: Tensor, every: Tensor) -> Tensor:

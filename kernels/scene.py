@@ -155,7 +155,9 @@ class Rows:
     choice: Tensor  # integer [B, heads], the pair of orders of each
 
     @classmethod
-    def of_one_pair(cls, scene: Scene, heads: tuple[int, ...], pairs: tuple[Pair, ...], by_site: tuple[bool, ...]) -> "Rows":
+    def of_one_pair(
+        cls, scene: Scene, heads: tuple[int, ...], pairs: tuple[Pair, ...], by_site: tuple[bool, ...]
+    ) -> "Rows":
         """Rows that have no pair to choose."""
         first = head_indices((0,) * (scene.batch * len(heads)), scene.arrangement.query_order.device)
         return cls(scene, heads, pairs, by_site, first.view(scene.batch, -1))

@@ -19,7 +19,7 @@ def _own_tiles_kernel(
     plans, query_orders, key_orders, query_length, key_length, samples, slot_stride,
     TILE: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """query_tags: int32 [B, Oq, 3, Sq]. key_slots: int32 [B, Ok, Sk]. slot: int64 [N, samples]. output: int32, likewise."""
+    """query_tags: int32 [B, Oq, 3, Sq]. key_slots: int32 [B, Ok, Sk]. slot: int64, output: int32 [N, samples]."""
     blocks = tl.cdiv(samples, SAMPLES)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     sample = tl.program_id(0) % blocks * SAMPLES + tl.arange(0, SAMPLES)
@@ -27,7 +27,9 @@ def _own_tiles_kernel(
     batch = row // plans
     query_tags += (batch * query_orders + tl.load(query_row + row)) * 3 * query_length
     key_slots += (batch * key_orders + tl.load(key_row + row)) * key_length
-    position = tl.load(query_tags + tl.load(slot + row * slot_stride + sample, mask=inside, other=0), mask=inside, other=0)
+    position = tl.load(
+        query_tags + tl.load(slot + row * slot_stride + sample, mask=inside, other=0), mask=inside, other=0
+    )
     own = tl.load(key_slots + tl.minimum(tl.maximum(position, 0), key_length - 1), mask=inside, other=0)
     tl.store(output + row * samples + sample, own // TILE, mask=inside)
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.scene import Rows, tile_slots
 from mmcompile.kernels.tags import INVALID
+from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
-from mmcompile.kernels.top_keys import Wanted, list_top_keys, reached
+from mmcompile.kernels.top_keys import list_top_keys, reached
 
 SCORES_AT_ONCE = 2**25  # mean queries x keys
 
@@ -21,25 +22,48 @@ class Columns(NamedTuple):
     listed: Tensor  # int32 [N], how many there are
     counts: Tensor  # int32 [N, nQ], how many of them a query tile can reach
     cold: Tensor  # bool [N, Sk] in key slots: False for the keys above
-    hot_tiles: Tensor  # bool [N, nK], tiles with a key that is not cold
 
     @classmethod
-    def of(cls, rows: Rows, weight: Tensor, room: int, wanted: Wanted) -> "Columns":
-        """The keys with the most weight. weight: float [N, Sk] in key slots. room: entries of the list."""
-        keys = list_top_keys(weight, rows.scene.key_slots(), rows.key_row, room, wanted)
+    def of(cls, rows: Rows, slot: Tensor, wanted: Tensor) -> "Columns":
+        """slot: int64 [N, C], different slots of valid keys; wanted: bool [N, C], those to list."""
+        keys = rows.scene.key_tags.shape[-1]
+        # Unwanted slots may repeat a wanted one, so they write past the end.
+        weight = torch.zeros(rows.rows, keys + 1, device=slot.device)
+        weight.scatter_(-1, torch.where(wanted, slot, keys), 1.0)
+        return cls.of_most(rows, weight[:, :keys], slot.shape[1])
+
+    @classmethod
+    def of_most(cls, rows: Rows, weight: Tensor, room: int) -> "Columns":
+        """The keys with the most weight, as many as there is room for, but none without. weight: float [N, Sk] in key
+        slots."""
+        keys = list_top_keys(weight, rows.scene.key_slots(), rows.key_row, room)
         if rows.scene.spans:  # later keys may be reached as well
             counts = keys.listed.unsqueeze(-1).expand(-1, rows.scene.query_tiles)
         else:
             counts = reached(keys, rows.last_positions())
-        return cls(keys.slots, keys.listed, counts, keys.cold, keys.hot_tiles)
+        return cls(keys.slots, keys.listed, counts, keys.cold)
+
+    def hot_tiles(self) -> Tensor:
+        """Tiles with a key that is not cold, bool [N, nK]."""
+        if self.cold.device.type == "cuda":
+            # Triton is imported for a GPU only.
+            from mmcompile.kernels import top_keys_kernel
+
+            return top_keys_kernel.hot_tiles(self.cold)
+        return self.hot_tiles_cpu()
+
+    def hot_tiles_cpu(self) -> Tensor:
+        """`hot_tiles` in torch operations."""
+        return by_tile(~self.cold, False).any(-1)
 
 
 def block_ends(rows: Rows, stride: Tensor) -> Columns:
     """The last key of each block of `stride` tokens, an int64 tensor without dimensions, in raster order."""
-    keys = rows.scene.key_tags.shape[-1]
+    position = rows.scene.key_tags[:, 0]
+    keys = position.shape[1]
     is_end = torch.arange(1, keys + 1, device=stride.device) % stride == 0
-    weight = (is_end & (rows.scene.key_tags[:, 0] != INVALID)).float()
-    return Columns.of(rows, weight.repeat_interleave(len(rows.heads), 0), block_end_count(keys), Wanted(keys))
+    weight = (is_end & (position != INVALID)).float()
+    return Columns.of_most(rows, weight.repeat_interleave(len(rows.heads), 0), block_end_count(keys))
 
 
 LEAST_BLOCK = 64  # tokens of a block; what a list of their ends has room for

@@ -28,8 +28,8 @@ class TokenMask(NamedTuple):
 def token_tags(mask: TokenMask, batch: int, length: int, device: torch.device) -> Tensor:
     """Tags of tokens in token order.
 
-    Returns int32 [B, 3, S]: position (2^31 - 1 where not valid), segment (0 when none), span (-1 when none, -2 where not
-    valid).
+    Returns int32 [B, 3, S]: position (2^31 - 1 where not valid), segment (0 when none), span (-1 when none, -2 where
+    not valid).
     """
     tags = torch.empty(batch, 3, length, dtype=torch.int32, device=device)
     tags[:, 0] = torch.arange(length, dtype=torch.int32, device=device) + mask.offset

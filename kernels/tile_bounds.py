@@ -117,7 +117,9 @@ def site_bounds_cpu(site: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_tile(values: Tensor, absent: int) -> Tensor:
     missing = tile_count(values.shape[-1]) * TILE - values.shape[-1]
-    return torch.nn.functional.pad(values, (0, missing), value=absent).unflatten(-1, (-1, TILE))  # [B, n, TILE]
+    if missing:  # without any, padding would copy
+        values = torch.nn.functional.pad(values, (0, missing), value=absent)
+    return values.unflatten(-1, (-1, TILE))  # [B, n, TILE]
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,35 @@ def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
     return output[0], output[1]
 
 
+@triton.jit(do_not_specialize=["length", "tiles"])
+def _key_positions_kernel(tags, output, bounds, length, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
+    """tags: int32 [orders, 3, length]. output: int32 [orders, tiles, TILE]. bounds: int32 [orders, 3, tiles]."""
+    blocks = tl.cdiv(tiles, TILES)
+    order = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) % blocks * TILES + tl.arange(0, TILES)
+    slot = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    some = tile < tiles
+    position = tl.load(tags + order * 3 * length + slot, mask=slot < length, other=2147483647)
+    tl.store(output + order * tiles * TILE + slot, position, mask=some[:, None])
+    bounds += order * 3 * tiles + tile
+    _store_bounds(bounds, 0, tiles, some, position, tl.where(position == 2147483647, -1, position))
+    tl.store(bounds + 2 * tiles, tl.max(position, 1), mask=some)
+
+
+def key_positions(tags: Tensor) -> tuple[Tensor, Tensor]:
+    """`tile_mass.KeyPositions.of`."""
+    tags = tags.contiguous()
+    batch, orders, _, length = tags.shape
+    tiles = tile_count(length)
+    output = torch.empty(batch, orders, tiles, TILE, dtype=torch.int32, device=tags.device)
+    bounds = torch.empty(batch, orders, 3, tiles, dtype=torch.int32, device=tags.device)
+    with torch.cuda.device_of(tags):
+        _key_positions_kernel[(batch * orders * triton.cdiv(tiles, TILES),)](
+            tags, output, bounds, length, tiles, TILE, TILES, **OPTIONS
+        )
+    return output, bounds
+
+
 @triton.jit
 def _bound(bounds, field: tl.constexpr, stride, tile, inside):
     return tl.load(bounds + field * stride + tile, mask=inside, other=0)

@@ -195,9 +195,9 @@ def list_tiles(
 ) -> None:
     """Write the tiles up to a cut: for each query tile the full ones ascending, then the partial ones ascending.
 
-    N = B * R plan rows. hot_tiles: bool [N, nK], tiles with a key that a column has: they are never full. columns: int32
-    [N, nQ], single keys of each query tile, of a list that it shares with the others. counts: int32 [B, R, nQ, 5], a
-    view, as of `TilePlan`. tiles: int32 [B, R, T], a view; unused entries become -1.
+    N = B * R plan rows. hot_tiles: bool [N, nK], tiles with a key that a column has: they are never full. columns:
+    int32 [N, nQ], single keys of each query tile, of a list that it shares with the others. counts: int32
+    [B, R, nQ, 5], a view, as of `TilePlan`. tiles: int32 [B, R, T], a view; unused entries become -1.
     """
     if tiles.device.type == "cuda":
         from mmcompile.kernels import tile_list_kernel

@@ -33,7 +33,7 @@ class Steps(NamedTuple):
 PUT, COUNT, LIST = Steps(512, 4), Steps(512, 4), Steps(256, 1)
 QUERY_TILES = 8  # query tiles that one program counts the levels of
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-SIZES = ["rows", "query_tiles", "key_tiles", "orders", "level_count"]
+SIZES = ["query_tiles", "key_tiles", "orders", "level_count"]
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _diagonal(diagonals, own, tile, inside, key_tiles):
 def _level(
     classes, tile, inside, n, row, place, order,
     plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
-    rows, query_tiles, key_tiles, orders, level_count,
+    query_tiles, key_tiles, orders, level_count,
     CHOSEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """How much the pattern wants some key tiles of a query tile: `Levels.of`.
@@ -182,7 +182,7 @@ def put_mass(layout: Layout, rows: slice, mass: Tensor, whole: float, levels: Te
 def _count_levels_kernel(
     classes, pair, plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
     weights, column_share, counts, of_tile,
-    rows, query_tiles, key_tiles, orders, level_count, recall,
+    query_tiles, key_tiles, orders, level_count, recall,
     NON_EMPTY: tl.constexpr, MANDATORY: tl.constexpr, CHOSEN: tl.constexpr, TILE: tl.constexpr,
     LEVELS: tl.constexpr, KEY_TILES: tl.constexpr, QUERY_TILES: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +210,7 @@ def _count_levels_kernel(
             if _any(here, NON_EMPTY):
                 level = _level(
                     here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-                    query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+                    query_bounds, key_bounds, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
                 )  # fmt: skip
                 must = _has(here, MANDATORY)
                 wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
@@ -301,7 +301,7 @@ def find_cut(layout: Layout, levels: Levels, limits: Limits) -> Cut:
 def _count_following_kernel(
     classes, pair, plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
     last_level, of_tile, counts,
-    rows, query_tiles, key_tiles, orders, level_count,
+    query_tiles, key_tiles, orders, level_count,
     NON_EMPTY: tl.constexpr, MANDATORY: tl.constexpr, CHOSEN: tl.constexpr, TILE: tl.constexpr,
     KEY_TILES: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +318,7 @@ def _count_following_kernel(
         if _any(here, NON_EMPTY):
             level = _level(
                 here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-                query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+                query_bounds, key_bounds, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
             )  # fmt: skip
             wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
             count += _following(wanted, level, n, row, last_level, of_tile).to(tl.int32)
@@ -330,7 +330,7 @@ def _list_tiles_kernel(
     classes, pair, plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
     last_level, of_tile, rest, following_count, following, hot_tiles, columns, listed,
     counts, tiles,
-    rows, query_tiles, key_tiles, orders, level_count,
+    query_tiles, key_tiles, orders, level_count,
     plans, count_batch_stride, tile_batch_stride, room,
     NON_EMPTY: tl.constexpr, FULL: tl.constexpr, MANDATORY: tl.constexpr, CHOSEN: tl.constexpr, TILE: tl.constexpr,
     KEY_TILES: tl.constexpr, SUMMED: tl.constexpr, WRITE: tl.constexpr,
@@ -372,7 +372,7 @@ def _list_tiles_kernel(
         if _any(here, NON_EMPTY):
             level = _level(
                 here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-                query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+                query_bounds, key_bounds, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
             )  # fmt: skip
             chosen, seen = _chosen(
                 here, level, n, row, seen, level_count, last_level, of_tile, rest, following_count,
@@ -462,8 +462,8 @@ def _tiles(layout: Layout, levels: Levels) -> tuple[Tensor | None, ...]:
     return layout.places.classes, layout.pair, *levels.streamed(), bounds.query.first, bounds.key.first
 
 
-def _sizes(layout: Layout, levels: Levels) -> tuple[int, int, int, int, int]:
-    return *layout.shape, layout.bounds.shape[0], levels.count
+def _sizes(layout: Layout, levels: Levels) -> tuple[int, int, int, int]:
+    return *layout.shape[1:], layout.bounds.shape[0], levels.count
 
 
 def _power_of_two(count: int) -> int:

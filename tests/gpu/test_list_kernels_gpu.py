@@ -27,7 +27,9 @@ from mmcompile.kernels.arrange import arrange
 from mmcompile.kernels.levels import MassLevels
 from mmcompile.kernels.plan import plan
 from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
+from mmcompile.kernels.tile_mass import KeyPositions
 from tests.kernels.pattern_cases import PatternCase
 from tests.kernels.plan_cases import random_case, random_site_case
 
@@ -64,10 +66,14 @@ def by_torch() -> Iterator[None]:
         patch.setattr(lines_kernel, "rank_diagonals", lines.rank_diagonals_cpu)
         patch.setattr(top_keys_kernel, "list_top_keys", top_keys.list_top_keys_cpu)
         patch.setattr(top_keys_kernel, "reached", top_keys.reached_cpu)
+        patch.setattr(top_keys_kernel, "hot_tiles", lambda cold: by_tile(~cold, False).any(-1))
         patch.setattr(scene_kernel, "own_tiles", Rows.own_tiles_cpu)
         patch.setattr(orders_kernel, "modalities", orders.modalities_cpu)
         patch.setattr(orders_kernel, "slots", orders.slots_cpu)
+        patch.setattr(orders_kernel, "sort_by", orders.sort_by_cpu)
+        patch.setattr(orders_kernel, "token_sites", orders.TokenSites.of_cpu)
         patch.setattr(orders_kernel, "fill", arranging.fill_cpu)
+        patch.setattr(tile_bounds_kernel, "key_positions", KeyPositions.of_cpu)
         patch.setattr(a_shape_kernel, "runs", a_shape.runs_cpu)
         patch.setattr(tile_list_kernel, "find_cut", tile_list.find_cut_cpu)
         patch.setattr(tile_list_kernel, "list_tiles", tile_list.list_tiles_cpu)

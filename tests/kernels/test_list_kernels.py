@@ -31,13 +31,15 @@ from mmcompile.kernels import plan as planning
 from mmcompile.kernels.a_shape import Intervals
 from mmcompile.kernels.levels import MASS_LEVELS, OCTAVE, MassLevels, Rings
 from mmcompile.kernels.lines import Diagonals, GridLines
+from mmcompile.kernels.orders import TokenSites
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tile_bounds import TileBounds
 from mmcompile.kernels.tile_classes import MANDATORY, NON_EMPTY
 from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places
 from mmcompile.kernels.tile_list_kernel import Steps
-from mmcompile.kernels.top_keys import Wanted
+from mmcompile.kernels.tile_mass import KeyPositions
 from tests.kernels.pattern_cases import PatternCase, combinations
 from tests.kernels.plan_cases import Made, PlanCase, plan_cases, site_cases
 
@@ -71,22 +73,41 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(lines, "rank_diagonals_cpu", lines_kernel.rank_diagonals)
         patch.setattr(top_keys, "list_top_keys_cpu", top_keys_kernel.list_top_keys)
         patch.setattr(top_keys, "reached_cpu", top_keys_kernel.reached)
+        patch.setattr(Columns, "hot_tiles_cpu", lambda columns: top_keys_kernel.hot_tiles(columns.cold))
         patch.setattr(Rows, "own_tiles_cpu", scene_kernel.own_tiles)
         patch.setattr(orders, "modalities_cpu", orders_kernel.modalities)
         patch.setattr(orders, "slots_cpu", orders_kernel.slots)
+        patch.setattr(orders, "sort_by_cpu", orders_kernel.sort_by)
+        patch.setattr(KeyPositions, "of_cpu", lambda tags: KeyPositions(*tile_bounds_kernel.key_positions(tags)))
         patch.setattr(arrange, "fill_cpu", orders_kernel.fill)
         patch.setattr(tile_bounds_kernel, "KEY_TILES", key_tiles)
         for kernel in (tile_bounds_kernel, tile_list_kernel, a_shape_kernel):
             patch.setattr(kernel, "SUMMED", 2)
         patch.setattr(a_shape_kernel, "KEYS", TILE)
         patch.setattr(orders_kernel, "TOKENS", 64)
-        for size, value in (("KEYS", 16), ("LISTED", 8), ("CHUNKS", 4), ("ROWS", 4)):
+        for size, value in (("KEYS", 16), ("LISTED", 8), ("CHUNKS", 4), ("SHORTEST", 32), ("ROWS", 4)):
             patch.setattr(top_keys_kernel, size, value)
         patch.setattr(lines_kernel, "DISTANCES", key_tiles)
         for walk in ("PUT", "COUNT", "LIST"):
             patch.setattr(tile_list_kernel, walk, Steps(key_tiles, 1))
         patch.setattr(tile_list_kernel, "QUERY_TILES", 2)
         yield patch
+
+
+@few
+@given(every_kind)
+def test_arrangements(case: PlanCase) -> None:
+    """The sites of tokens as well, where there are segments."""
+    arguments = case.arrange_arguments(0)
+    prompt = *(arguments[name] for name in ("offsets", "modality", "grid")), case.batch, case.query_length
+    expected = arrange.arrange(**arguments)
+    with by_triton():
+        made = arrange.arrange(**arguments)
+        sites = orders_kernel.token_sites(*prompt)
+    for name, a, b in zip(expected._fields, made, expected, strict=True):
+        assert torch.equal(a, b), name
+    for name, a, b in zip(TokenSites._fields, sites, TokenSites.of_cpu(*prompt), strict=True):
+        assert torch.equal(a, b), name
 
 
 def assert_same(one: Made, other: Made) -> None:
@@ -265,10 +286,7 @@ class KeyCase:
     orders: int
     keys: int
     levels: int
-    most: float  # of all keys
-    wide: int  # more room than that
-    times: float
-    least: float
+    room: float  # of all keys
 
 
 @few
@@ -281,10 +299,7 @@ class KeyCase:
         orders=st.integers(1, 2),
         keys=st.integers(1, 400),
         levels=st.sampled_from([1, 2, 5, 300]),
-        most=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
-        wide=st.integers(0, 20),
-        times=st.sampled_from([1.0, 3.0]),
-        least=st.sampled_from([0.0, 0.1]),
+        room=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0, 1.1]),
     )
 )
 def test_the_keys_with_the_most_weight_are_listed_by_position(case: KeyCase) -> None:
@@ -295,21 +310,23 @@ def test_the_keys_with_the_most_weight_are_listed_by_position(case: KeyCase) -> 
     slots = [torch.randperm(case.keys, generator=draw) for _ in range(case.batch * case.orders)]
     key_slots = torch.stack(slots).view(case.batch, case.orders, -1).int()
     key_row = torch.randint(case.orders, (case.batch, case.rows), generator=draw).int()
-    most = int(case.most * case.keys)
-    arguments = weight, key_slots, key_row, most + case.wide, Wanted(most, case.times, case.least)
+    room = 1 + int(case.room * case.keys)
+    arguments = weight, key_slots, key_row, room
     expected = top_keys.list_top_keys_cpu(*arguments)
     last = torch.randint(-1, case.keys, (rows, 9), generator=draw).int()
     with by_triton():
         made = top_keys_kernel.list_top_keys(*arguments)
         assert torch.equal(top_keys_kernel.reached(made, last), top_keys.reached_cpu(expected, last))
+        columns = Columns(made.slots, made.listed, made.slots, made.cold)
+        assert torch.equal(top_keys_kernel.hot_tiles(made.cold), columns.hot_tiles_cpu())
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
     # And the list is what it says.
     for n in range(rows):
         by_position = weight[n, key_slots[n // case.rows, key_row.flatten()[n]].long()]
         found = expected.positions[n, : expected.listed[n]].tolist()
-        assert found == sorted(found) and len(found) <= most
-        usable = (by_position * case.times > case.least).nonzero().flatten().tolist()
-        best = sorted(usable, key=lambda position: (-float(by_position[position]), position))[:most]
+        assert found == sorted(found) and len(found) <= room
+        usable = (by_position > 0).nonzero().flatten().tolist()
+        best = sorted(usable, key=lambda position: (-float(by_position[position]), position))[:room]
         assert found == sorted(best)
 
 
