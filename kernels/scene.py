@@ -148,13 +148,12 @@ class Rows:
         """Each head in each pair of orders, the heads of one pair together."""
         device = scene.arrangement.query_order.device
         pair = tuple(index for index in range(len(pairs)) for _ in heads)
-        orders = (
+        query_row, key_row = (
             head_indices(tuple(order[index] for index in pair) * scene.batch, device).view(scene.batch, -1)
             for order in zip(*pairs, strict=True)
         )
-        return cls(
-            scene, heads * len(pairs), pairs, by_site, *orders, batch_rows(scene.batch * len(pairs), len(heads), device)
-        )
+        of_row = batch_rows(scene.batch * len(pairs), len(heads), device)
+        return cls(scene, heads * len(pairs), pairs, by_site, query_row, key_row, of_row)
 
     @property
     def rows(self) -> int:
