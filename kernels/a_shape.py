@@ -43,14 +43,33 @@ class Intervals(NamedTuple):
 
 
 class KeyGroups:
-    """The valid keys sorted by (segment, modality, position): a group is a run of ranks.
+    """The valid keys sorted by (segment, modality, position): a group is a run of ranks."""
 
-    tags: int32 [B, 3, Sk] in slot order. modality: int32 [B, Sk] too, or None for one group over all modalities.
-    """
+    def __init__(self, sorted: Tensor, slots: Tensor, after: Tensor | None = None) -> None:
+        """sorted: int64 [O, Sk], what keys are sorted by, those that are not valid last. slots: theirs, likewise.
 
-    def __init__(self, tags: Tensor, modality: Tensor | None) -> None:
-        self.length = tags.shape[-1]
-        self.sorted, self.slots = sort_keys(tags, modality).sort(-1)  # int64 [B, Sk]
+        after: int32 [O, Sk], the rank that follows each position, where that is known of a single group.
+        """
+        self.length = sorted.shape[-1]
+        self.sorted, self.slots, self.after = sorted, slots, after
+
+    @classmethod
+    def of(cls, tags: Tensor, modality: Tensor | None) -> "KeyGroups":
+        """tags: int32 [O, 3, Sk] in slot order. modality: int32 [O, Sk] too, or None for one group over all."""
+        return cls(*sort_keys(tags, modality).sort(-1))
+
+    @classmethod
+    def of_one_segment(cls, position: Tensor, usable: Tensor, slot: Tensor) -> "KeyGroups":
+        """One group of all valid keys of one segment, which need no sorting: their positions are their order.
+
+        position: int32 [B, Sk], in token order, 2^31 - 1 where not valid. usable: int32 [B, nK], how many are valid of
+        each tile. slot: int32 [O, Sk], position -> slot in each of O pairs of orders, those of a batch row together.
+        """
+        if position.device.type == "cuda":
+            from mmcompile.kernels import a_shape_kernel
+
+            return cls(*a_shape_kernel.rank_valid_keys(position, usable, slot))
+        return cls(*rank_valid_keys_cpu(position, usable, slot))
 
     def rank_after(self, segment: Tensor, modality: int, position: Tensor | int) -> Tensor:
         """Rank that follows the group's last key at or before `position`: its first rank for position -1.
@@ -97,6 +116,15 @@ def sort_keys_cpu(tags: Tensor, modality: Tensor | None) -> Tensor:
     return torch.where(position == INVALID, BEYOND, start + position)
 
 
+def rank_valid_keys_cpu(position: Tensor, _usable: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`KeyGroups.of_one_segment` in torch operations."""
+    by, token = torch.where(position == INVALID, BEYOND, position.long()).sort(-1)
+    after = (position != INVALID).cumsum(-1, dtype=torch.int32)
+    copies = slot.shape[0] // position.shape[0]
+    by, token, after = (of_row.repeat_interleave(copies, 0) for of_row in (by, token, after))
+    return by, slot.gather(-1, token).long(), after
+
+
 class AShapeRuns(NamedTuple):
     """What an A-shape chooses: what no cap removes, and the rest of it."""
 
@@ -106,8 +134,8 @@ class AShapeRuns(NamedTuple):
 
 def runs(
     query_tags: Tensor,
-    key_tags: Tensor,
-    modality: Tensor | None,
+    keys: KeyGroups,
+    groups: KeyGroups,
     sink: int,
     window: int | None,
     local: int | None,
@@ -116,11 +144,9 @@ def runs(
     """For each query the `sink` first valid keys and one near it; and, where not None, the `local` latest ones of each
     group, and every key for the `last` queries of each segment.
 
-    query_tags: int32 [B, 3, Sq], key_tags: int32 [B, 3, Sk], in slot order. modality: int32 [B, Sk], likewise, when the
-    pattern holds within each key modality, else None. window: keys or None.
+    query_tags: int32 [O, 3, Sq], in slot order. keys: of all modalities together. groups: within each modality, where
+    the pattern holds within each, else `keys`. window: keys or None.
     """
-    keys = KeyGroups(key_tags, None)
-    groups = keys if modality is None else KeyGroups(key_tags, modality)
     if query_tags.device.type == "cuda":
         from mmcompile.kernels import a_shape_kernel
 
@@ -137,7 +163,7 @@ def runs_cpu(
     local: int | None,
     last: int | None,
 ) -> AShapeRuns:
-    """`runs` in torch operations, of keys that are sorted. groups: `keys`, or sorted within each modality."""
+    """`runs` in torch operations."""
     shape = AShape(query_tags, keys, groups)
     may = [] if local is None else [shape.local(local)]
     may += [] if last is None else [shape.everything_for_last(last)]

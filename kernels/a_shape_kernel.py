@@ -7,6 +7,8 @@ from torch import Tensor
 
 from mmcompile.kernels.a_shape import BEYOND, AShapeRuns, Intervals, KeyGroups
 from mmcompile.kernels.patterns import MAX_TOKENS, MODALITIES, TILE
+from mmcompile.kernels.sum_before import SUMMED, sum_before
+from mmcompile.kernels.tags import INVALID
 
 KEYS = 1024  # keys of one program
 QUERIES = 128  # queries of one program
@@ -41,6 +43,48 @@ def sort_keys(tags: Tensor, modality: Tensor | None) -> Tensor:
             tags, modality, output, tags.stride(0), length, BEYOND, MODALITIES, KEYS, **OPTIONS
         )
     return output
+
+
+@triton.jit(do_not_specialize=["length", "tiles", "copies", "position_stride", "slot_stride"])
+def _rank_valid_kernel(
+    position, usable, slot, output, output_slots, after, length, tiles, copies, position_stride, slot_stride,
+    INVALID: tl.constexpr, BEYOND: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Valid keys by rank. Each batch row of position and usable is for `copies` rows of slot and outputs."""
+    blocks = tl.cdiv(length, KEYS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    batch = row // copies
+    start = tl.program_id(0) % blocks * KEYS
+    token = start + tl.arange(0, KEYS)
+    inside = token < length
+    usable += batch * tiles
+    before = sum_before(usable, start // TILE, SUMMED)
+    total = sum_before(usable, tiles, SUMMED)
+    valid = tl.load(position + batch * position_stride + token, mask=inside, other=INVALID) != INVALID
+    of_slot = tl.load(slot + row * slot_stride + token, mask=valid, other=0).to(tl.int64)
+    up_to = before + tl.cumsum(valid.to(tl.int32), 0)
+    rank = up_to - 1
+    tl.store(after + row * length + token, up_to.to(tl.int32), mask=inside)
+    output += row * length
+    output_slots += row * length
+    tl.store(output + rank, token.to(tl.int64), mask=valid)
+    tl.store(output_slots + rank, of_slot, mask=valid)
+    beyond = inside & (token >= total)
+    tl.store(output + token, tl.full([KEYS], BEYOND, tl.int64), mask=beyond)
+    tl.store(output_slots + token, tl.zeros([KEYS], tl.int64), mask=beyond)
+
+
+def rank_valid_keys(position: Tensor, usable: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`a_shape.rank_valid_keys_cpu`. The last dimension of position and slot is contiguous, as is usable."""
+    rows, length = slot.shape
+    output, output_slots = torch.empty(2, rows, length, dtype=torch.int64, device=slot.device).unbind(0)
+    after = torch.empty(rows, length, dtype=torch.int32, device=slot.device)
+    with torch.cuda.device_of(slot):
+        _rank_valid_kernel[(rows * triton.cdiv(length, KEYS),)](
+            position, usable, slot, output, output_slots, after, length, usable.shape[1], rows // position.shape[0],
+            position.stride(0), slot.stride(0), INVALID, BEYOND, TILE, KEYS, SUMMED, **OPTIONS,
+        )  # fmt: skip
+    return output, output_slots, after
 
 
 @triton.jit
@@ -81,15 +125,16 @@ def _store_run(first, last, run, slots, begin, end, slot, inside, query_length, 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _runs_kernel(
-    query_tags, keys, slots, group_keys, group_slots, last_query, output,
+    query_tags, keys, slots, after, group_keys, group_slots, last_query, output,
     query_stride, query_length, key_length, steps, sink, local, last, window, total,
     GROUPS: tl.constexpr, WINDOW: tl.constexpr, LOCAL: tl.constexpr, LAST: tl.constexpr,
     MODALITIES: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Runs of one block of queries: sinks of each group, the nearest key, local bands of each group, the last queries'.
 
-    keys, slots: all valid keys sorted; group_keys, group_slots: sorted within each modality, where there are GROUPS of
-    them. output: int32 [2, O, runs, query_length].
+    keys, slots: all valid keys sorted; after: int32 [O, key_length], the rank that follows each position, where all
+    keys are of one segment. group_keys, group_slots: sorted within each modality, where there are GROUPS of them.
+    output: int32 [2, O, runs, query_length].
     """
     blocks = tl.cdiv(query_length, QUERIES)
     order = (tl.program_id(0) // blocks).to(tl.int64)
@@ -107,8 +152,15 @@ def _runs_kernel(
     last_tile = first_tile + total
     reached = tl.minimum(tl.maximum(position, -1), key_length - 1)
 
-    start = _rank_after(keys, segment - 1, key_length, steps)
-    end = _rank_after(keys, segment + reached, key_length, steps)
+    if after is None:
+        start = _rank_after(keys, segment - 1, key_length, steps)
+        end = _rank_after(keys, segment + reached, key_length, steps)
+        group_end = _rank_after(keys, segment + (key_length - 1), key_length, steps)
+    else:
+        after += order * key_length
+        start = tl.zeros_like(reached)
+        end = tl.load(after + reached, mask=reached >= 0, other=0)
+        group_end = start + tl.load(after + key_length - 1)
     for group in tl.static_range(GROUPS):
         if GROUPS > 1:
             of_group = segment + group * key_length
@@ -131,14 +183,16 @@ def _runs_kernel(
     latest = _key_of(keys, end - 1, key_length)
     near = before & (latest > position - window) if WINDOW else before
     rank = end - near.to(tl.int32)
-    group_end = _rank_after(keys, segment + (key_length - 1), key_length, steps)
     _store_run(
         first_tile, last_tile, GROUPS, slots, rank, tl.minimum(rank + 1, group_end),
         slot, inside, query_length, key_length, TILE,
     )  # fmt: skip
     if LAST:
         limit = tl.minimum(tl.maximum(tl.load(last_query + order), -1), key_length - 1)
-        following = _rank_after(keys, segment + limit, key_length, steps) - end
+        if after is None:
+            following = _rank_after(keys, segment + limit, key_length, steps) - end
+        else:
+            following = tl.load(after + limit, mask=limit >= 0, other=0) - end
         chosen = before & (latest == position) & (following < last)
         place = (RUNS - 1) * query_length + slot
         tl.store(first_tile + place, tl.where(chosen, 0, 1), mask=inside)
@@ -163,7 +217,7 @@ def runs(
     last_query = None if last is None else query_tags[:, 0].amax(-1)
     with torch.cuda.device_of(query_tags):
         _runs_kernel[(orders * triton.cdiv(query_length, QUERIES),)](
-            query_tags, keys.sorted, keys.slots, groups.sorted, groups.slots, last_query, ends,
+            query_tags, keys.sorted, keys.slots, keys.after, groups.sorted, groups.slots, last_query, ends,
             query_tags.stride(0), query_length, keys.length, keys.length.bit_length(),
             sink, local or 0, last or 0, min(window or 0, MAX_TOKENS), ends[0].numel(),
             count, window is not None, local is not None, last is not None,

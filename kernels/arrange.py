@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import SymInt, Tensor
 
-from mmcompile.kernels.orders import NO_SITE, TokenSites, of_keys, token_order, without_sink
+from mmcompile.kernels.orders import NO_SITE, RASTER, Keys, Sorted, TokenSites, sort_tokens
 from mmcompile.kernels.patterns import Order, decode_orders
 from mmcompile.kernels.search_stride import search_stride
-from mmcompile.kernels.tags import in_slots, key_tags, query_tags
+from mmcompile.kernels.tags import TokenMask, token_tags
 
 
 class Arrangement(NamedTuple):
@@ -80,34 +80,53 @@ def arrange(
     _require_pair("segment", query_segment, key_segment)
     _require_pair("span", query_span, key_span)
     query_orders, key_orders = decode_orders(orders)
-    device = offsets.device
-    tokens = TokenSites.of(offsets, modality, grid, batch, query_length)
-    strides = _searched_strides(query, key, tokens, query_offset, scale, {*query_orders, *key_orders})
-    of_query, of_key = [], []
-    for order in query_orders:
-        site = _sites(tokens, order, strides)
-        of_query.append((token_order(order, tokens.modality, site), site))
-    key_modality = of_keys(tokens.modality, key_length, query_offset, 0)
-    for order in key_orders:
-        site = of_keys(_sites(tokens, order, strides), key_length, query_offset, NO_SITE)
-        site = without_sink(site, key_valid)
-        of_key.append((token_order(order, key_modality, site), site))
-    tags_of_query = query_tags(batch, query_length, query_offset, query_segment, query_span, device)
-    tags_of_key = key_tags(batch, key_length, key_valid, key_segment, key_span, device)
-    return Arrangement(
-        torch.stack([order for order, _ in of_query], 1),
-        torch.stack([order for order, _ in of_key], 1),
-        torch.stack([in_slots(tags_of_query, order) for order, _ in of_query], 1),
-        torch.stack([in_slots(tags_of_key, order) for order, _ in of_key], 1),
-        torch.stack([site.gather(-1, order.long()) for order, site in of_query], 1),
-        torch.stack([site.gather(-1, order.long()) for order, site in of_key], 1),
-    )
+    shapes = arrangement_shapes(batch, query_length, key_length, orders)
+    result = Arrangement(*(torch.empty(shape, dtype=torch.int32, device=offsets.device) for shape in shapes))
+    of_query = TokenMask(query_offset, None, query_segment, query_span)
+    of_key = TokenMask(0, key_valid, key_segment, key_span)
+    named = {*query_orders, *key_orders}
+    if all(order.is_raster for order in named):  # nobody asks what tokens are
+        in_query_order = in_key_order = dict.fromkeys(named, RASTER)
+    else:
+        tokens = TokenSites.of(offsets, modality, grid, batch, query_length)
+        strides = _searched_strides(query, key, tokens, query_offset, scale, named)
+        keys = Keys(key_length, query_offset, key_valid)
+        in_query_order, in_key_order = (
+            {order: sort_tokens(tokens, order, strides.get(order.max_stride), of) for order in orders_of}
+            for orders_of, of in ((query_orders, None), (key_orders, keys))
+        )
+    for index, order in enumerate(query_orders):
+        parts = result.query_order, result.query_tags, result.query_site
+        fill(in_query_order[order], of_query, *(part[:, index] for part in parts))
+    for index, order in enumerate(key_orders):
+        parts = result.key_order, result.key_tags, result.key_site
+        fill(in_key_order[order], of_key, *(part[:, index] for part in parts))
+    return result
 
 
-def _sites(tokens: TokenSites, order: Order, strides: dict[int, Tensor]) -> Tensor:
-    if order.base == "raster":
-        return torch.full_like(tokens.modality, NO_SITE)
-    return tokens.sites(order, strides.get(order.max_stride) if order.searches else None)
+def fill(tokens: Sorted, mask: TokenMask, order: Tensor, tags: Tensor, site: Tensor) -> None:
+    """Write one order of an arrangement, [B, S], [B, 3, S] and [B, S], views."""
+    if order.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import orders_kernel
+
+        orders_kernel.fill(tokens, mask, order, tags, site)
+    else:
+        fill_cpu(tokens, mask, order, tags, site)
+
+
+def fill_cpu(tokens: Sorted, mask: TokenMask, order: Tensor, tags: Tensor, site: Tensor) -> None:
+    """`fill` in torch operations."""
+    if tokens.order is None:
+        order.copy_(torch.arange(order.shape[1], device=order.device))
+    else:
+        order.copy_(tokens.order)
+    token = order.long()
+    tags.copy_(token_tags(mask, *order.shape, order.device).gather(-1, token.unsqueeze(1).expand_as(tags)))
+    if tokens.site is None:
+        site.fill_(NO_SITE)
+    else:
+        site.copy_(tokens.site.gather(-1, token))
 
 
 def _searched_strides(

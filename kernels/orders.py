@@ -15,6 +15,26 @@ NO_SITE = -1
 MAX_SITES = 2**24  # with three bits of modality a sort key fits int32
 
 
+def modalities(
+    offsets: Tensor, modality: Tensor, batch: int, query_length: int, key_length: int, query_offset: int
+) -> tuple[Tensor, Tensor]:
+    """The modality of each query token and of each key, int32 [B, Sq] and [B, Sk]."""
+    if offsets.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import orders_kernel
+
+        return orders_kernel.modalities(offsets, modality, batch, query_length, key_length, query_offset)
+    return modalities_cpu(offsets, modality, batch, query_length, key_length, query_offset)
+
+
+def modalities_cpu(
+    offsets: Tensor, modality: Tensor, batch: int, query_length: int, key_length: int, query_offset: int
+) -> tuple[Tensor, Tensor]:
+    """`modalities` in torch operations."""
+    of_query = token_modality(offsets, modality, batch, query_length)
+    return of_query, of_keys(of_query, key_length, query_offset, 0)
+
+
 def token_modality(offsets: Tensor, modality: Tensor, batch: int, length: int) -> Tensor:
     """The modality of each query token.
 
@@ -42,6 +62,16 @@ class TokenSites(NamedTuple):
     @classmethod
     def of(cls, offsets: Tensor, modality: Tensor, grid: Tensor, batch: int, length: int) -> "TokenSites":
         """offsets: int32 [M + 1], modality: int32 [M], grid: int32 [M, 3] (frames, rows, columns)."""
+        if offsets.device.type == "cuda":
+            # Triton is imported for a GPU only.
+            from mmcompile.kernels import orders_kernel
+
+            return cls(*orders_kernel.token_sites(offsets, modality, grid, batch, length))
+        return cls.of_cpu(offsets, modality, grid, batch, length)
+
+    @classmethod
+    def of_cpu(cls, offsets: Tensor, modality: Tensor, grid: Tensor, batch: int, length: int) -> "TokenSites":
+        """`of` in torch operations."""
         of_token = token_modality(offsets, modality, batch, length)
         token = torch.arange(batch * length, dtype=torch.int32, device=offsets.device)
         if modality.shape[0] == 0:
@@ -76,20 +106,60 @@ class TokenSites(NamedTuple):
         return torch.where(vision & (stride > 0), site, NO_SITE)
 
 
-def token_order(order: Order, modality: Tensor, site: Tensor) -> Tensor:
-    """Tokens sorted by (modality if the order is grouped, site, position); equals keep their order (section 3).
+class Sorted(NamedTuple):
+    """How tokens stand in one order."""
 
-    modality, site: int32 [B, S]. Returns int32 [B, S], slot -> position.
+    order: Tensor | None  # integer [B, S], slot -> position, or None where slots are positions
+    site: Tensor | None  # int32 [B, S] in token order, or None where no token has one
+
+
+RASTER = Sorted(None, None)
+
+
+class Keys(NamedTuple):
+    """What tells keys from queries: key k is query token k - offset."""
+
+    length: int
+    offset: int
+    valid: Tensor | None  # bool [B, Sk]
+
+
+def sort_tokens(tokens: TokenSites, order: Order, searched: Tensor | None, keys: Keys | None) -> Sorted:
+    """The queries in an order; or, given `keys`, these. searched: int32 [B], the stride found in the data, or None."""
+    if order.is_raster:
+        return RASTER
+    searched = searched if order.searches else None
+    if tokens.modality.device.type == "cuda":
+        # Triton is imported for a GPU only.
+        from mmcompile.kernels import orders_kernel
+
+        by, site = orders_kernel.sort_by(tokens, order, searched, keys)
+    else:
+        by, site = sort_by_cpu(tokens, order, searched, keys)
+    # Equals keep their order: they are sorted by position as well (section 3).
+    return Sorted(torch.argsort(by, dim=-1, stable=True), site)
+
+
+def sort_by_cpu(
+    tokens: TokenSites, order: Order, searched: Tensor | None, keys: Keys | None
+) -> tuple[Tensor, Tensor | None]:
+    """What tokens are sorted by, uint8 or int32 [B, S], and their sites, int32, or None in a raster order."""
+    modality, site = tokens.modality, None if order.base == "raster" else tokens.sites(order, searched)
+    if keys is not None:
+        modality = of_keys(modality, keys.length, keys.offset, 0)
+        if site is not None:
+            site = without_sink(of_keys(site, keys.length, keys.offset, NO_SITE), keys.valid)
+    return sort_key(order, modality, site), site
+
+
+def sort_key(order: Order, modality: Tensor, site: Tensor | None) -> Tensor:
+    """(modality if the order is grouped, site) as one number: uint8 [B, S] in a raster order, else int32.
+
+    modality, site: int32 [B, S], site None in a raster order.
     """
-    batch, length = modality.shape
-    if order.base == "raster" and not order.grouped:
-        return torch.arange(length, dtype=torch.int32, device=modality.device).expand(batch, length)
-    if order.base == "raster":
-        return torch.argsort(modality.to(torch.uint8), dim=-1, stable=True).to(torch.int32)
-    sort_key = site + 1
-    if order.grouped:
-        sort_key = sort_key + modality * MAX_SITES
-    return torch.argsort(sort_key, dim=-1, stable=True).to(torch.int32)
+    if site is None:
+        return modality.to(torch.uint8)
+    return site + 1 + modality * MAX_SITES if order.grouped else site + 1
 
 
 def of_keys(of_query: Tensor, key_length: int, query_offset: int, outside: int) -> Tensor:
@@ -116,7 +186,16 @@ def without_sink(site: Tensor, key_valid: Tensor | None) -> Tensor:
 
 
 def slots(order: Tensor) -> Tensor:
-    """The inverse of an order. order: int32 [B, S], slot -> position. Returns int32 [B, S], the other way."""
+    """The inverse of an order. order: int32 [..., S], slot -> position. Returns int32 [..., S], the other way."""
+    if order.device.type == "cuda":
+        from mmcompile.kernels import orders_kernel
+
+        return orders_kernel.slots(order)
+    return slots_cpu(order)
+
+
+def slots_cpu(order: Tensor) -> Tensor:
+    """`slots` in torch operations."""
     slot = torch.arange(order.shape[-1], dtype=torch.int32, device=order.device).expand_as(order)
     return torch.empty_like(slot, memory_format=torch.contiguous_format).scatter_(-1, order.long(), slot)
 

@@ -1,6 +1,7 @@
 """Patterns of their own for each (query modality, key modality), of one head (arXiv 2504.16083, section 3.2)."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,9 +44,14 @@ class PairLevels:
         return level
 
     def streamed(self) -> Streamed:
-        # Too rare for a kernel of its own: torch operations, a few query tiles at a time.
+        return Streamed(plane=self._plane)
+
+    @cached_property
+    def _plane(self) -> Tensor:
+        """Integer [N, nQ, nK]. Asked for by the cut and by the list, and too rare for a kernel of its own: torch
+        operations, a few query tiles at a time."""
         dtype = torch.int16 if self.count < 2**15 else torch.int32
-        return Streamed(plane=torch.cat([self.of(rows).to(dtype) for rows in self.layout.chunks()], 1))
+        return torch.cat([self.of(rows).to(dtype) for rows in self.layout.chunks()], 1)
 
     def _in_pair(self, rows: slice, query: int, key: int) -> Tensor:
         """Tiles with a query and a key of these modalities, bool [N, rows, nK]."""

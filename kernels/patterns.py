@@ -55,6 +55,11 @@ class Order:
     max_stride: int = 1024
 
     @property
+    def is_raster(self) -> bool:
+        """Whether slots are positions."""
+        return self.base == "raster" and not self.grouped
+
+    @property
     def searches(self) -> bool:
         return self.base == "site" and self.stride == 0
 
@@ -227,13 +232,19 @@ def distinct(patterns: Sequence[HeadPattern]) -> tuple[tuple[HeadPattern, ...], 
 
 def distinct_orders(patterns: Sequence[HeadPattern]) -> tuple[tuple[Order, ...], tuple[Order, ...]]:
     """The different query orders and key orders of some patterns, in order of first use."""
-    pairs = [pair for pattern in patterns for pair in pattern.orders]
+    each = {id(pattern): pattern for pattern in patterns}.values()  # mostly one for many: to compare them takes long
+    pairs = [pair for pattern in each for pair in pattern.orders]
     return tuple(dict.fromkeys(query for query, _ in pairs)), tuple(dict.fromkeys(key for _, key in pairs))
 
 
 def encode(patterns: Sequence[HeadPattern]) -> str:
     """Patterns as compact JSON with a fixed field order. Equal patterns give equal text."""
-    return json.dumps([pattern.to_dict() for pattern in patterns], sort_keys=True, separators=(",", ":"))
+    return f"[{','.join(map(_encode_one, patterns))}]"
+
+
+@lru_cache(maxsize=1024)
+def _encode_one(pattern: HeadPattern) -> str:
+    return json.dumps(pattern.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
 @lru_cache(maxsize=1024)
@@ -246,9 +257,11 @@ def decode(text: str) -> tuple[HeadPattern, ...]:
     if not isinstance(values, list) or not values:
         raise ValueError(f"patterns: {text!r} is not a non-empty JSON list of head patterns")
     decoded = []
+    kept: dict[str, HeadPattern] = {}  # equal rows are one object, see `distinct_orders`
     for row, value in enumerate(values):
         try:
-            decoded.append(HeadPattern.from_dict(value))
+            pattern = HeadPattern.from_dict(value)
+            decoded.append(kept.setdefault(_encode_one(pattern), pattern))
         except ValueError as error:
             raise ValueError(f"patterns[{row}]: {error}") from error
     return tuple(decoded)
@@ -256,6 +269,11 @@ def decode(text: str) -> tuple[HeadPattern, ...]:
 
 def encode_orders(queries: Sequence[Order], keys: Sequence[Order]) -> str:
     """Query orders and key orders as compact JSON. Equal orders give equal text."""
+    return _encode_orders(tuple(queries), tuple(keys))
+
+
+@lru_cache(maxsize=1024)
+def _encode_orders(queries: tuple[Order, ...], keys: tuple[Order, ...]) -> str:
     values = {"query": [asdict(order) for order in queries], "key": [asdict(order) for order in keys]}
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 

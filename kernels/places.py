@@ -1,26 +1,23 @@
 """Where tokens stand in the orders of a pattern, and the tiles that it takes from that and the mask alone."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from mmcompile.kernels import a_shape
-from mmcompile.kernels.a_shape import Intervals, own_blocks
+from mmcompile.kernels.a_shape import Intervals, KeyGroups, own_blocks
 from mmcompile.kernels.patterns import TILE, HeadPattern
 from mmcompile.kernels.scene import Pair, Scene, each_pair
 from mmcompile.kernels.single_keys import LEAST_BLOCK
-from mmcompile.kernels.tile_bounds import TileBounds, site_bounds
+from mmcompile.kernels.tile_bounds import site_bounds
 from mmcompile.kernels.tile_classes import Chosen
 from mmcompile.kernels.tile_list import Places
 
 _BANDED = ("a_shape", "tri_shape")
 
 
-def place(scene: Scene, pattern: HeadPattern, pairs: Sequence[Pair], grid: Tensor, dense: bool) -> Places:
+def place(scene: Scene, pattern: HeadPattern, pairs: tuple[Pair, ...], grid: Tensor, dense: bool) -> Places:
     """The places of a pattern's tokens in each pair of orders. dense: every tile, whatever the pattern."""
-    tags = _pair_tags(scene, pairs)
-    bounds = TileBounds.of(*tags, scene.window, scene.segments, scene.spans)
+    tags = scene.pair_tags(pairs)
     grouped = pattern.boundary == "2d"
     sink = pattern.sink
     if any(pattern.by_site):
@@ -28,12 +25,12 @@ def place(scene: Scene, pattern: HeadPattern, pairs: Sequence[Pair], grid: Tenso
         sink = 1 if grouped or scene.segments else min(sink, TILE)
     pattern = HeadPattern("dense") if dense else pattern
     must, may = _runs(scene, pattern, pairs, tags, grouped, sink)
-    return Places.of(bounds, must, _chosen(scene, pattern, pairs, tags, may, grid))
+    return Places.of(scene.bounds(pairs), must, _chosen(scene, pattern, pairs, tags, may, grid))
 
 
-def chosen(scene: Scene, pattern: HeadPattern, pairs: Sequence[Pair], grouped: bool, grid: Tensor) -> Chosen:
+def chosen(scene: Scene, pattern: HeadPattern, pairs: tuple[Pair, ...], grouped: bool, grid: Tensor) -> Chosen:
     """The tiles of a pattern, for a pair of modalities of another one. grouped: keys are, by modality."""
-    tags = _pair_tags(scene, pairs)
+    tags = scene.pair_tags(pairs)
     return _chosen(scene, pattern, pairs, tags, _runs(scene, pattern, pairs, tags, grouped, 1).may, grid)
 
 
@@ -46,26 +43,40 @@ def block_length(pattern: HeadPattern, grid: Tensor) -> Tensor:
     return (grid[:, 1].long() * grid[:, 2]).amax().clamp(min=LEAST_BLOCK)
 
 
-def pair_sites(scene: Scene, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+def pair_sites(scene: Scene, pairs: tuple[Pair, ...]) -> tuple[Tensor, Tensor]:
     """Sites of queries and keys in the slots of each pair of orders, int32 [O, Sq] and [O, Sk]."""
     of_query = each_pair([scene.arrangement.query_site[:, query] for query, _ in pairs])
     return of_query, each_pair([scene.arrangement.key_site[:, key] for _, key in pairs])
 
 
 def _runs(
-    scene: Scene, pattern: HeadPattern, pairs: Sequence[Pair], tags: tuple[Tensor, Tensor], grouped: bool, sink: int
+    scene: Scene, pattern: HeadPattern, pairs: tuple[Pair, ...], tags: tuple[Tensor, Tensor], grouped: bool, sink: int
 ) -> a_shape.AShapeRuns:
-    order = scene.arrangement.key_order
-    modality = each_pair([scene.key_modality.gather(-1, order[:, key].long()) for _, key in pairs]) if grouped else None
+    keys = scene.once("keys", pairs, lambda: _keys(scene, pairs, tags[1]))
+    groups = scene.once("groups", pairs, lambda: _groups(scene, pairs, tags[1])) if grouped else keys
     local = pattern.local if pattern.kind in _BANDED and not any(pattern.by_site) else None
     last = pattern.last if pattern.kind == "tri_shape" else None
-    return a_shape.runs(*tags, modality, sink, scene.window, local, last)
+    return a_shape.runs(tags[0], keys, groups, sink, scene.window, local, last)
+
+
+def _keys(scene: Scene, pairs: tuple[Pair, ...], key_tags: Tensor) -> KeyGroups:
+    if scene.segments:
+        return KeyGroups.of(key_tags, None)
+    slots = [scene.key_slot(key) for _, key in pairs]
+    usable = scene.raster_bounds().key.usable
+    return KeyGroups.of_one_segment(scene.key_tags[:, 0], usable, slots[0] if len(pairs) == 1 else each_pair(slots))
+
+
+def _groups(scene: Scene, pairs: tuple[Pair, ...], key_tags: Tensor) -> KeyGroups:
+    """Within each modality."""
+    order = scene.arrangement.key_order
+    return KeyGroups.of(key_tags, each_pair([scene.key_modality.gather(-1, order[:, key].long()) for _, key in pairs]))
 
 
 def _chosen(
     scene: Scene,
     pattern: HeadPattern,
-    pairs: Sequence[Pair],
+    pairs: tuple[Pair, ...],
     tags: tuple[Tensor, Tensor],
     may: Intervals | None,
     grid: Tensor,
@@ -90,20 +101,13 @@ def _chosen(
             return Chosen()
 
 
-def _pair_tags(scene: Scene, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Tags of queries and keys in each pair of orders, int32 [O, 3, Sq] and [O, 3, Sk]."""
-    queries = [scene.arrangement.query_tags[:, query] for query, _ in pairs]
-    keys = [scene.arrangement.key_tags[:, key] for _, key in pairs]
-    return (queries[0], keys[0]) if len(pairs) == 1 else (each_pair(queries), each_pair(keys))
-
-
-def _site_bounds(scene: Scene, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _site_bounds(scene: Scene, pairs: tuple[Pair, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Least and greatest site of each query tile, and of each key tile."""
     of_query, of_key = pair_sites(scene, pairs)
     return *site_bounds(of_query), *site_bounds(of_key)
 
 
-def _latest_slots(scene: Scene, pairs: Sequence[Pair], length: int) -> Intervals:
+def _latest_slots(scene: Scene, pairs: tuple[Pair, ...], length: int) -> Intervals:
     """The `length` slots up to each query's own, in orders where neighbours in position are not neighbours in slot."""
     own = each_pair([scene.own_slot(pair) for pair in pairs]).unsqueeze(1)  # [O, 1, Sq]
     return Intervals((own - (length - 1)).clamp(min=0) // TILE, own // TILE)

@@ -6,6 +6,7 @@ masking comes from the tags; boundaries, patterns and estimates only steer which
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import SymInt, Tensor
 from mmcompile.kernels.arrange import Arrangement
 from mmcompile.kernels.levels import MassLevels, Rings
 from mmcompile.kernels.lines import GridLines, vertical_slash
-from mmcompile.kernels.orders import in_tokens, of_keys, token_modality
+from mmcompile.kernels.orders import in_tokens
 from mmcompile.kernels.pair_levels import PairLevels
 from mmcompile.kernels.patterns import MODALITIES, TILE, HeadPattern, Order, decode, distinct_orders
 from mmcompile.kernels.places import block_length, chosen, place
@@ -22,8 +23,8 @@ from mmcompile.kernels.probes import Measured, Sighting, choose_orders
 from mmcompile.kernels.scene import Pair, Rows, Scene
 from mmcompile.kernels.scores import SAMPLES, antidiagonal_mass, pooled_mass, sampled_chunks, sampled_mass
 from mmcompile.kernels.single_keys import Columns, block_end_count, block_ends, list_own_keys
-from mmcompile.kernels.tile_bounds import TileBounds, tile_count
-from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places, find_cut, list_tiles
+from mmcompile.kernels.tile_bounds import tile_count
+from mmcompile.kernels.tile_list import Layout, Levels, Limits, find_cut, list_tiles
 from mmcompile.kernels.tile_list import density as density_of
 
 LEVELS_AT_ONCE = 2**26  # tiles of the plan rows that are estimated together: 128 MiB of levels
@@ -133,45 +134,36 @@ def plan(
     _require(rows, heads, query, key, window, density, recall)
     device = arrangement.query_order.device
     result = empty_plan(batch, query_length, key_length, query_offset, segments, spans, patterns, density, device)
-    stats = PlanStats(*(torch.full((batch, len(rows)), value, device=device) for value in (1.0, float("nan"))))
-    if any(pattern.needs_data or pattern.boundary == "2d" or pattern.pairs for pattern in rows):
-        of_query = token_modality(offsets, modality, batch, query_length)
-        of_key = of_keys(of_query, key_length, query_offset, 0)
-    else:  # nobody asks
-        of_query = offsets.new_zeros(batch, 1).expand(-1, query_length)
-        of_key = of_query[:, :1].expand(-1, key_length)
-    scene = Scene(
-        query,
-        key,
-        arrangement,
-        _in_raster(arrangement.key_tags, arrangement.key_order, distinct_orders(rows)[1]),
-        of_query,
-        of_key,
-        scale,
-        window,
-        segments,
-        spans,
+    orders = distinct_orders(rows)
+    raster = tuple(names.index(Order()) if Order() in names else None for names in orders)
+    query_tags = _in_raster(arrangement.query_tags, arrangement.query_order, raster[0])
+    key_tags = _in_raster(arrangement.key_tags, arrangement.key_order, raster[1])
+    prompt = offsets, modality, query_offset
+    scene = Scene(query, key, arrangement, query_tags, key_tags, raster, *prompt, scale, window, segments, spans)
+    # What dense attention computes, and the cap.
+    causal, most = scene.raster_bounds().count_non_empty(1.0 if density is None else density)
+    stats = PlanStats(
+        torch.empty(batch, len(rows), device=device), torch.full((batch, len(rows)), math.nan, device=device)
     )
-    query_tags = _in_raster(arrangement.query_tags, arrangement.query_order, distinct_orders(rows)[0])
-    bounds = TileBounds.of(query_tags, scene.key_tags, window, segments, spans)
-    causal = bounds.count_non_empty()  # what dense attention computes
-    if result.columns.shape[2]:
-        result.columns.zero_()
-        result.cold.fill_(True)
-    result.counts.zero_()
     for pattern, parts in _groups(rows, scene):
         pairs = _pairs(rows, pattern)
         if pattern.kind != "top_p" or density == 1.0:  # nothing to choose a pair by
             pairs = pairs[:1]
-        places = place(scene, pattern, pairs, grid, density == 1.0)
         cap = _cap(pattern, density)
-        budget = None if cap is None or cap == 1.0 else (causal.double() * cap).floor().long()
+        budget = None if cap is None or cap == 1.0 else most
+        if budget is not None and cap != density:
+            budget = scene.once("budget", cap, partial(_share_of, causal, cap))
         for part in parts:
             one = TilePlan(*(tensor[:, part] for tensor in result))
             held = stats.recall[:, part]
-            _plan_rows(scene, pattern, heads[part], pairs, places, grid, budget, cap, recall, one, held)
+            _plan_rows(scene, pattern, heads[part], pairs, grid, budget, cap, recall, one, held)
     density_of(result.counts, causal, stats.density)
     return result, stats
+
+
+def _share_of(tiles: Tensor, cap: float) -> Tensor:
+    """As many of some tiles, int64 [B], as a cap allows."""
+    return (tiles.double() * cap).floor().long()
 
 
 def _cap(pattern: HeadPattern, density: float | None) -> float | None:
@@ -186,7 +178,7 @@ def _groups(rows: Sequence[HeadPattern], scene: Scene) -> Iterator[tuple[HeadPat
     most = max(1, LEVELS_AT_ONCE // (scene.batch * scene.query_tiles * scene.key_tiles))
     start = 0
     for end in range(1, len(rows) + 1):
-        if end == len(rows) or rows[end] != rows[start]:
+        if end == len(rows) or (rows[end] is not rows[start] and rows[end] != rows[start]):
             yield rows[start], [slice(first, min(first + most, end)) for first in range(start, end, most)]
             start = end
 
@@ -196,7 +188,6 @@ def _plan_rows(
     pattern: HeadPattern,
     heads: Sequence[int],
     pairs: tuple[Pair, ...],
-    places: Places,
     grid: Tensor,
     budget: Tensor | None,
     density: float | None,
@@ -206,39 +197,40 @@ def _plan_rows(
 ) -> None:
     """Fill the plan rows of one pattern; `one` is a view of them, and `held` of their estimated recall.
 
-    pairs: the pairs of orders it may take, places: of these. budget: int64 [B], the tiles that a row may have.
+    pairs: the pairs of orders it may take. budget: int64 [B], the tiles that a row may have.
     """
     dense = density == 1.0
     estimated = pattern.needs_data and not dense
-    most_columns = int(pattern.most_columns(scene.key_modality.shape[1]))
+    most_columns = int(pattern.most_columns(scene.key_tags.shape[2]))
     seen: Sighting | None = None
     if pattern.kind == "top_p" and estimated:
         rows, seen = choose_orders(scene, tuple(heads), pairs, pattern.by_site, most_columns, density)
     else:
-        choice = torch.zeros_like(one.query_row, dtype=torch.int64)
-        rows = Rows(scene, tuple(heads), pairs, pattern.by_site[: len(pairs)], choice)
+        rows = Rows.of_each_pair(scene, tuple(heads), pairs, pattern.by_site[:1])
     one.query_row.copy_(rows.query_row)
     one.key_row.copy_(rows.key_row)
-    layout = Layout(places, rows.pair)
+    # Not before: while a device looks at probes there is time to ask for this.
+    layout = Layout(scene.once("places", pattern, lambda: place(scene, pattern, pairs, grid, dense)), rows.pair)
     wanted = _Wanted(Rings(layout)) if dense else _wanted(rows, layout, pattern, grid, seen, density, recall)
     columns = wanted.columns
     if columns is not None:
-        _write(one.columns, columns.slots)
-        _write(one.cold, columns.cold)
-        _write(one.counts[..., 4], columns.counts)
+        _write(one.columns, columns.slots, 0)
+        _write(one.cold, columns.cold, True)
+    elif one.columns.shape[2]:
+        one.columns.zero_()
+        one.cold.fill_(True)
     target = None if pattern.pairs else _target(pattern, recall)
-    limits = Limits(budget, target, None if columns is None else columns.counts, wanted.held)
-    cut = None if dense else find_cut(layout, wanted.levels, limits)
-    hot_tiles = None if columns is None else columns.hot_tiles()
-    list_tiles(layout, wanted.levels, cut, hot_tiles, one.counts, one.tiles)
+    hot_tiles, counts = (None, None) if columns is None else (columns.hot_tiles(), columns.counts)
+    cut = None if dense else find_cut(layout, wanted.levels, Limits(budget, target, counts, wanted.held))
+    list_tiles(layout, wanted.levels, cut, hot_tiles, counts, one.counts, one.tiles)
     if pattern.kind == "columns" and not dense:
         own = list_own_keys(rows, layout, most_columns, _affordable(layout, density, most_columns))
-        _write(one.columns, own.slots)
+        _write(one.columns, own.slots, 0)
         one.counts[..., 3] = own.first
-        _write(one.counts[..., 4], own.counts)
+        _write(one.counts[..., 4], own.counts, 0)
     if estimated and pattern.kind != "columns":
         measured = Measured.of(rows, columns) if seen is None else seen.measured
-        _write(held, measured.recall(one.counts.flatten(0, 1), one.tiles.flatten(0, 1)))
+        _write(held, measured.recall(one.counts.flatten(0, 1), one.tiles.flatten(0, 1)), math.nan)
 
 
 class _Wanted(NamedTuple):
@@ -339,15 +331,17 @@ def _pairs(rows: Sequence[HeadPattern], pattern: HeadPattern) -> tuple[Pair, ...
     return tuple((queries.index(query), keys.index(key)) for query, key in pattern.orders)
 
 
-def _in_raster(tags: Tensor, orders: Tensor, names: tuple[Order, ...]) -> Tensor:
-    """Tags [B, O, 3, S] of some orders, int32 [B, O, S] and their names, in raster order: [B, 3, S]."""
-    return tags[:, names.index(Order())] if Order() in names else in_tokens(tags[:, 0], orders[:, 0])
+def _in_raster(tags: Tensor, orders: Tensor, raster: int | None) -> Tensor:
+    """Tags [B, O, 3, S] of some orders, int32 [B, O, S], in token order: [B, 3, S]. raster: which of them is that."""
+    return in_tokens(tags[:, 0], orders[:, 0]) if raster is None else tags[:, raster]
 
 
-def _write(target: Tensor, values: Tensor) -> None:
-    """values: [B * R, ...], into the front of the last dimension of target [B, R, ...], a view."""
+def _write(target: Tensor, values: Tensor, rest: float) -> None:
+    """values: [B * R, ...], into the front of the last dimension of target [B, R, ...], a view, and `rest` behind."""
     values = values.unflatten(0, target.shape[:2])
     target[..., : values.shape[-1]].copy_(values)
+    if values.shape[-1] < target.shape[-1]:
+        target[..., values.shape[-1] :].fill_(rest)
 
 
 def _column_room(

@@ -150,7 +150,7 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, rows: Rows, columns: Columns | None) -> "Measured":
-        row = torch.arange(rows.rows, device=rows.choice.device)
+        row = _every_row(rows.rows, rows.pair.device)
         if columns is None:
             seen = glance(rows)
             every, weight = seen.every[:, -PROBED:], seen.probes.weight
@@ -189,6 +189,11 @@ class Measured(NamedTuple):
         return _mean((share * computed[..., :-1]).sum(-1) + outside, weight)
 
 
+@lru_cache(maxsize=64)
+def _every_row(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
 class Sighting(NamedTuple):
     """What probes found in one pair of orders, or in the pair that each row chose."""
 
@@ -211,9 +216,8 @@ def choose_orders(
         return each, seen
     site = by_site.index(True)  # the one order that is not raster order
     spread_out = _spread_out(scene, heads, pairs[site], _of_pair(seen.columns, scene.batch, len(pairs), site))
-    lines = spread_out, pairs, site, density
-    choice, *chosen, row = _choose(scene, held, seen.measured, *lines)
-    rows = Rows.choosing(scene, heads, pairs, by_site, choice, *chosen)
+    *chosen, row = _choose(scene, held, seen.measured, spread_out, pairs, site, density)
+    rows = Rows(scene, heads, pairs, by_site, *chosen)
     picked = None if seen.columns is None else Columns(*(of.index_select(0, row) for of in seen.columns))
     return rows, Sighting(seen.measured._replace(row=row), picked)
 
@@ -224,15 +228,13 @@ def look(rows: Rows, columns: int, density: float | None) -> tuple[Sighting, Ten
     Keys that become columns need no tiles in any order. density: share of the causal tiles that may be computed. The
     second result is how far the queries of each probed tile agree on tiles, float [N, T]: see `_agreement`.
     """
-    probes, log_mass, every, counted = glance(rows)
-    picked: Columns | None = None
-    if columns:
-        mass = rows.column_mass(probes.choosing, counted, probes.own_tiles, NEAR_TILES, 2)
-        picked = _hot_keys(rows, probes, counted, mass, columns, density)
+    probes, log_mass, every, _ = glance(rows)
+    picked = _hot_keys(rows, glance(rows), columns, density)
+    if picked is not None:
         log_mass = rows.tile_log_mass(probes.slots, picked.cold)
     wanted = max(1, round((UNCAPPED if density is None else density) * log_mass.shape[2] / 2))
     held, outside, weight = _agreement(log_mass, every, probes.weight, min(wanted, log_mass.shape[2]))
-    row = torch.arange(rows.rows, device=held.device)
+    row = _every_row(rows.rows, held.device)
     measured = Measured(probes.measuring, log_mass[:, -PROBED:], every[:, -PROBED:], outside, weight, row)
     return Sighting(measured, picked), held
 
@@ -277,7 +279,7 @@ def _spread_out(scene: Scene, heads: tuple[int, ...], pair: Pair, columns: Colum
     are few, so that the other probes seldom meet one; and no other order makes them few.
     """
     rows = Rows.of_each_pair(scene, heads, (pair,), (True,))
-    slot = _searched_slots(scene.query_tiles, scene.query_modality.shape[1], rows.choice.device).expand(rows.rows, -1)
+    slot = _searched_slots(scene.query_tiles, scene.query_length, rows.pair.device).expand(rows.rows, -1)
     log_mass = rows.tile_log_mass(slot, None if columns is None else columns.cold)
     if columns is None:
         in_columns = log_mass.new_full(slot.shape, NONE)
@@ -295,8 +297,8 @@ def _choose(
     site: int,
     density: float | None,
 ) -> tuple[Tensor, ...]:
-    """The pair of orders of each head: int64 [B, heads]; its query order and key order, int32 [B, heads]; the index of
-    the pair among those of all batch rows, and of the head's row among M, int64 [B * heads].
+    """The pair of orders of each head: its query order and key order, int32 [B, heads]; the index of the pair among
+    those of all batch rows, and of the head's row among M, int64 [B * heads].
 
     held: float [M, T], M = B * pairs * heads. spread_out: of `pairs[site]`. What horizontal lines hold counts for an
     order by site, where the tiles that it takes to compute them are no more than half of what the budget is for.
@@ -339,42 +341,45 @@ def _choose_cpu(
     orders = (torch.tensor(of, dtype=torch.int32, device=held.device)[choice] for of in zip(*pairs, strict=True))
     batch_row = torch.arange(batch, device=held.device).unsqueeze(1)
     pair = batch_row * len(pairs) + choice
-    return choice, *orders, pair.flatten(), (pair * shape[2] + torch.arange(shape[2], device=held.device)).flatten()
+    return *orders, pair.flatten(), (pair * shape[2] + torch.arange(shape[2], device=held.device)).flatten()
 
 
-def _hot_keys(
-    rows: Rows, probes: Probes, counted: Tensor, mass: Tensor, columns: int, density: float | None
-) -> Columns:
-    """Keys that queries of all probed tiles attend to, up to `columns` and to half of the budget.
-
-    mass: float [N, 2, Sk] in key slots, the mean weight of each key in the two halves of the probed tiles, of which the
-    lesser counts: the queries of one tile may share what they look at (their own site), and a mean over few tiles would
-    take that for what all look at. A key that one half is too early to see has the other's weight. Weights less than a
-    128th of an octave apart are alike, and of those the earlier keys are taken.
-    """
-    keys = mass.shape[2]
+def _hot_keys(rows: Rows, seen: Glance, columns: int, density: float | None) -> Columns | None:
+    """Keys that queries of all probed tiles attend to, up to `columns` and to half of the budget."""
+    keys = rows.scene.key_tags.shape[2]
     # Of a query tile's causal tiles, half of all, two at least are mandatory: its own and the first.
     share = UNCAPPED if density is None else density
     share = max(0.0, min(share / 2, share - 4 / rows.scene.key_tiles))
-    room = min(columns, keys)
-    most = min(room, math.ceil(share * keys))
+    room = min(columns, keys, math.ceil(share * keys))
+    if room == 0:
+        return None
+    probes = seen.probes
+    mass = rows.column_mass(probes.choosing, seen.counted, probes.own_tiles, NEAR_TILES, groups=2)
+    return Columns.of(rows, _hot_weight(rows, probes.positions, seen.counted, mass), room)
+
+
+def _hot_weight(rows: Rows, positions: Tensor, counted: Tensor, mass: Tensor) -> Tensor:
+    """Mean weight of each key in two halves of the probed tiles, whichever is less: float [N, Sk] in key slots, 0 where
+    that is not `HOT`.
+
+    The queries of one tile may share what they look at (their own site), and a mean over few tiles would take that for
+    what all look at. A key that one half is too early to see has the other's weight. positions: int32
+    [N, SAMPLES * T], counted: float, the log of each query's sum, -inf for those that do not count. mass: float
+    [N, 2, Sk].
+    """
     if mass.device.type == "cuda":
-        from mmcompile.kernels import hot_keys_kernel
+        from mmcompile.kernels import probes_kernel
 
-        return hot_keys_kernel.hot_keys(rows, probes, counted, mass, room, most)
-    return _hot_keys_cpu(rows, probes, counted, mass, room, most)
+        return probes_kernel.hot_weight(rows, positions, counted, mass)
+    return _hot_weight_cpu(rows, positions, counted, mass)
 
 
-def _hot_keys_cpu(rows: Rows, probes: Probes, counted: Tensor, mass: Tensor, room: int, most: int) -> Columns:
-    """room: entries of a list, most: keys in it."""
-    last = probes.positions.masked_fill(counted == NONE, -1).unflatten(1, (2, -1)).amax(-1)
+def _hot_weight_cpu(rows: Rows, positions: Tensor, counted: Tensor, mass: Tensor) -> Tensor:
+    last = positions.masked_fill(counted == NONE, -1).unflatten(1, (2, -1)).amax(-1)
     both_see = rows.of_key_orders(rows.scene.arrangement.key_tags[:, :, 0]) <= last.amin(1, True)
-    least, greatest = mass.aminmax(dim=1)
-    weight = torch.where(both_see, least, greatest)
-    hot = weight * weight.shape[1] > HOT
-    rank = ((weight.view(torch.int32) >> 16).long() << 32) - rows.of_key_orders(rows.scene.arrangement.key_order)
-    best = rank.masked_fill_(~hot, -(2**62)).topk(room, -1).indices
-    return Columns.of(rows, best, hot.gather(1, best) & (torch.arange(room, device=best.device) < most))
+    least, most = mass.aminmax(dim=1)
+    weight = torch.where(both_see, least, most)
+    return weight.masked_fill_(weight * weight.shape[1] <= HOT, 0.0)
 
 
 def _outside(total: Tensor, every: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from mmcompile.kernels.head_indices import head_indices
 from mmcompile.kernels.patterns import MODALITIES, TILE
-from mmcompile.kernels.probes import HORIZONTAL, MEASURING, PROBED, RASTER_LEAD, SPREAD, Measured, Probes
+from mmcompile.kernels.probes import HORIZONTAL, HOT, MEASURING, PROBED, RASTER_LEAD, SPREAD, Measured, Probes
 from mmcompile.kernels.scene import SCATTERED, Pair, Rows
 from mmcompile.kernels.scores import BETWEEN, SAMPLES
 
 BLOCK = 1024  # key tiles of one step
 ROWS = 4  # samples, or probes, of one program
+KEYS = 2048  # of one program
 LISTED = 64  # tiles of a list, of each probe, in one step
 # Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
@@ -106,6 +107,30 @@ def _totals_kernel(
     tl.store(counted + row * (SAMPLES * PROBED) + sample, tl.where(counts, total, float("-inf")), mask=chooses)
 
 
+@triton.jit(do_not_specialize=["heads", "key_orders", "keys", "hot"])
+def _hot_weight_kernel(
+    mass, positions, counted, key_tags, key_row, output, heads, key_orders, keys, hot,
+    CHOOSING: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The weight of some keys of one plan row. mass: float32 [N, 2, Sk]. output: float32 [N, Sk]."""
+    blocks = tl.cdiv(keys, KEYS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    slot = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
+    inside = slot < keys
+    one = tl.load(mass + row * 2 * keys + slot, mask=inside, other=0.0)
+    other = tl.load(mass + (row * 2 + 1) * keys + slot, mask=inside, other=0.0)
+    key_tags += (row // heads * key_orders + tl.load(key_row + row)) * 3 * keys
+    position = tl.load(key_tags + slot, mask=inside, other=0)
+    # The last position of a query that counts, of each half, -1 for none: keys before both are seen by both.
+    sample = tl.arange(0, PADDED)
+    log_total = tl.load(counted + row * CHOOSING + sample, mask=sample < CHOOSING, other=float("-inf"))
+    query = tl.load(positions + row * CHOOSING + sample, mask=log_total > float("-inf"), other=-1)
+    first = tl.max(tl.where(sample < CHOOSING // 2, query, -1))
+    second = tl.max(tl.where(sample >= CHOOSING // 2, query, -1))
+    weight = tl.where(position <= tl.minimum(first, second), tl.minimum(one, other), tl.maximum(one, other))
+    tl.store(output + row * keys + slot, tl.where(weight * keys > hot, weight, 0.0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["wanted", "key_tiles"])
 def _agreement_kernel(
     log_mass, every, weights, scratch, held, outside, weighed, wanted, key_tiles,
@@ -170,7 +195,7 @@ def _agreement_kernel(
 @triton.jit(do_not_specialize=["heads", "lead", "site", "most", "searched", "query_orders", "query_length"])
 def _choose_kernel(
     held, outside, weights, spread_out, searched_slots, query_sites, query_orders_of, key_orders_of,
-    choice, query_row, key_row, pair, chosen,
+    query_row, key_row, pair, chosen,
     heads, lead, site, most, searched, query_orders, query_length,
     PAIRS: tl.constexpr, PROBED: tl.constexpr, SEARCHED: tl.constexpr, HORIZONTAL: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +233,6 @@ def _choose_kernel(
         holds += tl.where(index == site, lines / tl.maximum(mean, 1e-6), 0.0)
         found = tl.where(holds > best, index, found)
         best = tl.maximum(best, holds)
-    tl.store(choice + plan, found.to(tl.int64))
     tl.store(query_row + plan, tl.load(query_orders_of + found))
     tl.store(key_row + plan, tl.load(key_orders_of + found))
     tl.store(pair + plan, batch * PAIRS + found)
@@ -275,6 +299,20 @@ def totals(log_mass: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return result
 
 
+def hot_weight(rows: Rows, positions: Tensor, counted: Tensor, mass: Tensor) -> Tensor:
+    """`probes._hot_weight_cpu` for CUDA tensors."""
+    key_tags = rows.scene.arrangement.key_tags
+    count, _, keys = mass.shape
+    result = mass.new_empty(count, keys)
+    with torch.cuda.device_of(mass):
+        _hot_weight_kernel[(count * triton.cdiv(keys, KEYS),)](
+            mass.contiguous(), positions.contiguous(), counted.contiguous(), key_tags.contiguous(),
+            rows.key_row.contiguous(), result, len(rows.heads), key_tags.shape[1], keys, HOT,
+            SAMPLES * PROBED, triton.next_power_of_2(SAMPLES * PROBED), KEYS, **OPTIONS,
+        )  # fmt: skip
+    return result
+
+
 def agreement(log_mass: Tensor, every: Tensor, weight: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
     """`probes._agreement_cpu` for CUDA tensors."""
     count, _, key_tiles = log_mass.shape
@@ -302,18 +340,17 @@ def choose(
     """`probes._choose_cpu` for CUDA tensors."""
     batch, query_orders, query_length = query_site.shape
     heads, device = held.shape[0] // (batch * len(pairs)), held.device
-    choice = torch.empty(batch, heads, dtype=torch.int64, device=device)
     query_row, key_row = (torch.empty(batch, heads, dtype=torch.int32, device=device) for _ in range(2))
     pair, row = (torch.empty(batch * heads, dtype=torch.int64, device=device) for _ in range(2))
     with torch.cuda.device_of(held):
         _choose_kernel[(batch * heads,)](
             held, outside, weight, spread_out.contiguous(), searched, query_site.contiguous(),
             *(head_indices(orders, device) for orders in zip(*pairs, strict=True)),
-            choice, query_row, key_row, pair, row,
+            query_row, key_row, pair, row,
             heads, RASTER_LEAD, site, most, searched.shape[0], query_orders, query_length,
             len(pairs), PROBED, triton.next_power_of_2(searched.shape[0] // 2), HORIZONTAL, **OPTIONS,
         )  # fmt: skip
-    return choice, query_row, key_row, pair, row
+    return query_row, key_row, pair, row
 
 
 def recall(measured: Measured, counts: Tensor, tiles: Tensor) -> Tensor:

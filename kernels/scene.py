@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmcompile.kernels.arrange import Arrangement
-from mmcompile.kernels.head_indices import head_indices
-from mmcompile.kernels.orders import slots
+from mmcompile.kernels.head_indices import batch_rows, head_indices
+from mmcompile.kernels.orders import modalities, slots
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.tile_bounds import by_tile, tile_count
+from mmcompile.kernels.tile_bounds import TileBounds, by_tile, tile_count
 from mmcompile.kernels.tile_mass import (
     KeyPositions,
     SampledRows,
@@ -33,9 +33,12 @@ class Scene:
     query: Tensor | None  # [B, H, Sq, D] in token order
     key: Tensor | None  # [B, KV * Ok, Sk, D]: each key head in each key order, in slot order
     arrangement: Arrangement
+    query_tags: Tensor  # int32 [B, 3, Sq] in token order
     key_tags: Tensor  # int32 [B, 3, Sk] in token order
-    query_modality: Tensor  # int32 [B, Sq] in token order
-    key_modality: Tensor  # int32 [B, Sk]
+    raster: tuple[int | None, int | None]  # the orders of queries and of keys in which slots are positions
+    offsets: Tensor  # int32 [M + 1], of the segments of the query tokens
+    modality: Tensor  # int32 [M]
+    query_offset: int
     scale: float
     window: int | None
     segments: bool
@@ -54,9 +57,49 @@ class Scene:
     def key_tiles(self) -> int:
         return tile_count(self.arrangement.key_order.shape[2])
 
+    @property
+    def query_length(self) -> int:
+        return self.arrangement.query_order.shape[2]
+
+    @property
+    def query_modality(self) -> Tensor:
+        """int32 [B, Sq] in token order."""
+        return self._modalities()[0]
+
+    @property
+    def key_modality(self) -> Tensor:
+        """int32 [B, Sk] in token order."""
+        return self._modalities()[1]
+
+    def _modalities(self) -> tuple[Tensor, Tensor]:
+        sizes = self.batch, self.query_length, self.key_tags.shape[2], self.query_offset
+        return self.once("modalities", None, lambda: modalities(self.offsets, self.modality, *sizes))
+
+    def pair_tags(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Tags of queries and keys in each pair of orders, int32 [O, 3, Sq] and [O, 3, Sk]."""
+        queries = [self.arrangement.query_tags[:, query] for query, _ in pairs]
+        keys = [self.arrangement.key_tags[:, key] for _, key in pairs]
+        return (queries[0], keys[0]) if len(pairs) == 1 else (each_pair(queries), each_pair(keys))
+
+    def bounds(self, pairs: tuple[Pair, ...]) -> TileBounds:
+        """The tiles of each pair of orders."""
+        parts = self.window, self.segments, self.spans
+        return self.once("bounds", pairs, lambda: TileBounds.of(*self.pair_tags(pairs), *parts))
+
+    def raster_bounds(self) -> TileBounds:
+        """The tiles of queries and keys in token order."""
+        query, key = self.raster
+        if query is not None and key is not None:
+            return self.bounds(((query, key),))
+        parts = self.window, self.segments, self.spans
+        return self.once("raster bounds", None, lambda: TileBounds.of(self.query_tags, self.key_tags, *parts))
+
     def key_slots(self) -> Tensor:
         """int32 [B, Ok, Sk], position -> slot of each key order."""
-        return self.once("key slots", None, lambda: slots(self.arrangement.key_order))
+        order = self.arrangement.key_order
+        if order.shape[1] == 1 and self.raster[1] is not None:
+            return order  # its own inverse
+        return self.once("key slots", None, lambda: slots(order))
 
     def key_slot(self, row: int) -> Tensor:
         """int32 [B, Sk], position -> slot of a key order."""
@@ -94,63 +137,33 @@ class Rows:
     heads: tuple[int, ...]
     pairs: tuple[Pair, ...]
     by_site: tuple[bool, ...]  # of each pair, whether tokens stand by site
-    choice: Tensor  # int64 [B, heads], the pair of orders of each
+    query_row: Tensor  # int32 [B, heads], the query order of each
+    key_row: Tensor  # int32 [B, heads], the key order of each
+    pair: Tensor  # int64 [N], index into the pairs of all batch rows, [B * pairs]
 
     @classmethod
     def of_each_pair(
         cls, scene: Scene, heads: tuple[int, ...], pairs: tuple[Pair, ...], by_site: tuple[bool, ...]
     ) -> "Rows":
         """Each head in each pair of orders, the heads of one pair together."""
-        pair = tuple(index for index in range(len(pairs)) for _ in heads)
         device = scene.arrangement.query_order.device
-        orders = (
+        pair = tuple(index for index in range(len(pairs)) for _ in heads)
+        query_row, key_row = (
             head_indices(tuple(order[index] for index in pair) * scene.batch, device).view(scene.batch, -1)
             for order in zip(*pairs, strict=True)
         )
-        choice, of_batch = _pairs(scene.batch, pair, device)
-        return cls.choosing(scene, heads * len(pairs), pairs, by_site, choice, *orders, of_batch)
-
-    @classmethod
-    def choosing(
-        cls,
-        scene: Scene,
-        heads: tuple[int, ...],
-        pairs: tuple[Pair, ...],
-        by_site: tuple[bool, ...],
-        choice: Tensor,
-        query_row: Tensor,
-        key_row: Tensor,
-        pair: Tensor,
-    ) -> "Rows":
-        """Rows of which all is known that a choice tells."""
-        rows = cls(scene, heads, pairs, by_site, choice)
-        rows.__dict__.update(pair=pair, query_row=query_row, key_row=key_row)  # as `cached_property` keeps them
-        return rows
+        of_row = batch_rows(scene.batch * len(pairs), len(heads), device)
+        return cls(scene, heads * len(pairs), pairs, by_site, query_row, key_row, of_row)
 
     @property
     def rows(self) -> int:
         """N."""
         return self.scene.batch * len(self.heads)
 
-    @cached_property
-    def query_row(self) -> Tensor:
-        """int32 [B, heads], the query order of each."""
-        return head_indices(tuple(query for query, _ in self.pairs), self.choice.device)[self.choice]
-
-    @cached_property
-    def key_row(self) -> Tensor:
-        """int32 [B, heads], the key order of each."""
-        return head_indices(tuple(key for _, key in self.pairs), self.choice.device)[self.choice]
-
-    @cached_property
-    def pair(self) -> Tensor:
-        """int64 [N], index into the pairs of all batch rows, [B * pairs]."""
-        return (self._batch * len(self.pairs) + self.choice).flatten()
-
-    @cached_property
+    @property
     def _batch(self) -> Tensor:
         """int64 [B, 1]"""
-        return torch.arange(self.scene.batch, device=self.choice.device).unsqueeze(1)
+        return batch_rows(self.scene.batch, 1, self.pair.device).unsqueeze(1)
 
     @cached_property
     def _query_order(self) -> tuple[Tensor, Tensor]:
@@ -168,11 +181,16 @@ class Rows:
 
     def of_query_orders(self, of_order: Tensor) -> Tensor:
         """What is known of each query order, [B, Oq, ...], for the rows: [N, ...]."""
-        return of_order[self._query_order].flatten(0, 1)
+        return self._of_orders(of_order, self._query_order)
 
     def of_key_orders(self, of_order: Tensor) -> Tensor:
         """What is known of each key order, [B, Ok, ...], for the rows: [N, ...]."""
-        return of_order[self._key_order].flatten(0, 1)
+        return self._of_orders(of_order, self._key_order)
+
+    def _of_orders(self, of_order: Tensor, index: tuple[Tensor, Tensor]) -> Tensor:
+        if of_order.shape[1] == 1:  # mostly without a copy
+            return of_order.expand(-1, len(self.heads), *of_order.shape[2:]).flatten(0, 1)
+        return of_order[index].flatten(0, 1)
 
     def at_queries(self, of_order: Tensor, slot: Tensor) -> Tensor:
         """What is known of the slots of each query order, [B, Oq, Sq], in slots int64 [N, R] of the rows: [N, R]."""
@@ -193,6 +211,14 @@ class Rows:
 
         slot: int64 [N, R]. Returns int32 [N, R].
         """
+        if slot.device.type == "cuda":
+            from mmcompile.kernels import scene_kernel
+
+            return scene_kernel.own_tiles(self, slot)
+        return self.own_tiles_cpu(slot)
+
+    def own_tiles_cpu(self, slot: Tensor) -> Tensor:
+        """`own_tiles` in torch operations."""
         position = self.at_queries(self.scene.arrangement.query_tags[:, :, 0], slot).long()
         return self.at_keys(self.scene.key_slots(), position.clamp(0, self.scene.key_tags.shape[-1] - 1)) // TILE
 
@@ -217,7 +243,7 @@ class Rows:
 
     def key_mass(self, slot: Tensor, total: Tensor, skip_tiles: int, groups: int = 1) -> Tensor:
         """`column_mass` of queries whose own tiles nobody has looked up."""
-        own = self.own_tiles(slot) if skip_tiles else torch.zeros_like(total, dtype=torch.int32)  # not looked at
+        own = self.own_tiles(slot) if skip_tiles else torch.empty_like(total, dtype=torch.int32)  # near nothing
         return self.column_mass(slot, total, own, skip_tiles, groups)
 
     def column_mass(self, slot: Tensor, total: Tensor, own_tile: Tensor, skip_tiles: int, groups: int = 1) -> Tensor:
@@ -236,7 +262,7 @@ class Rows:
 
     def of_copies(self, of_copy: Tensor) -> Tensor:
         """What is known of each key copy, [B, C, ...], for the rows: [N, ...]."""
-        copy = head_indices(self.first_copies, self.choice.device) + self.key_row  # [B, heads]
+        copy = head_indices(self.first_copies, self.pair.device) + self.key_row  # [B, heads]
         return of_copy[self._batch, copy.long()].flatten(0, 1)
 
     def keys(self) -> Tensor:
@@ -285,15 +311,6 @@ class Rows:
 def each_pair(of_pair: Sequence[Tensor]) -> Tensor:
     """What is known of each pair of orders, [B, ...] each, as [B * pairs, ...]: the index of `Rows.pair`."""
     return torch.stack(list(of_pair), 1).flatten(0, 1)
-
-
-# Kept, because it depends on sizes alone.
-@lru_cache(maxsize=64)
-def _pairs(batch: int, pair: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """`Rows.choice` and `Rows.pair` where the pair of each row of a batch row is known beforehand."""
-    choice = torch.tensor(pair, device=device).expand(batch, -1)
-    batch_row = torch.arange(batch, device=device).unsqueeze(1)
-    return choice, (batch_row * (max(pair) + 1) + choice).flatten()
 
 
 SCATTERED = 37  # rows that `scattered` moves on by, from tile to tile

@@ -45,7 +45,7 @@ def sampled_mass(of: Rows, rows: slice, columns: Columns | None) -> tuple[Tensor
     """Exact attention of the samples of each tile: the logarithm of what each has on each key tile, float
     [N, SAMPLES * rows, nK], and of what it has in columns, [N, SAMPLES * rows], or None where there are none."""
     scene = of.scene
-    samples = sample_slots(scene.query_tiles, scene.query_modality.shape[1], of.choice.device)
+    samples = sample_slots(scene.query_tiles, scene.query_length, of.pair.device)
     slot = samples[:, rows].flatten().expand(of.rows, -1)
     if columns is None:
         return of.tile_log_mass(slot, None), None
@@ -54,7 +54,7 @@ def sampled_mass(of: Rows, rows: slice, columns: Columns | None) -> tuple[Tensor
 
 def pooled_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
     """Mean query against mean key (FlexPrefill, arXiv 2502.20766; FlashPrefill pools keys alike)."""
-    query = of.queries(tile_slots(rows, of.scene.query_modality.shape[1], layout.pair.device).expand(of.rows, -1))
+    query = of.queries(tile_slots(rows, of.scene.query_length, layout.pair.device).expand(of.rows, -1))
     query = query.float().unflatten(1, (-1, TILE)).mean(2)
     key, usable = _pooled_keys(of)
     scores = query @ key.transpose(1, 2) * of.scene.scale + usable.log().unsqueeze(1)
@@ -69,7 +69,7 @@ def antidiagonal_mass(of: Rows, layout: Layout, rows: slice) -> Tensor:
     shares = []
     for start in range(rows.start, rows.stop, max(1, (rows.stop - rows.start) // 16)):
         part = slice(start, min(start + max(1, (rows.stop - rows.start) // 16), rows.stop))
-        query = of.queries(tile_slots(part, scene.query_modality.shape[1], device).expand(of.rows, -1))
+        query = of.queries(tile_slots(part, scene.query_length, device).expand(of.rows, -1))
         query = query.unflatten(1, (-1, ANTIDIAGONAL)).flip(2).flatten(2)  # [N, rows * 8, 16 * D]
         # Scaled first: sums of so many products could pass what float16 holds.
         scores = ((query * (scene.scale / ANTIDIAGONAL)) @ key.transpose(1, 2)).float()

@@ -10,6 +10,7 @@ from mmcompile.kernels.scene import Rows, tile_slots
 from mmcompile.kernels.tags import INVALID
 from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
+from mmcompile.kernels.top_keys import list_top_keys, reached
 
 SCORES_AT_ONCE = 2**25  # mean queries x keys
 
@@ -23,34 +24,37 @@ class Columns(NamedTuple):
     cold: Tensor  # bool [N, Sk] in key slots: False for the keys above
 
     @classmethod
-    def of(cls, rows: Rows, slot: Tensor, wanted: Tensor) -> "Columns":
-        """slot: int64 [N, C], different key slots; wanted: bool [N, C], those to list."""
-        scene = rows.scene
-        position = rows.at_keys(scene.arrangement.key_tags[:, :, 0], slot).masked_fill_(~wanted, INVALID)
-        position, by_position = position.sort(-1)
-        listed = slot.gather(-1, by_position).masked_fill_(position == INVALID, 0)
-        # Unwanted slots may repeat a wanted one, so they write past the end.
-        keys = scene.key_tags.shape[-1]
-        cold = torch.ones(rows.rows, keys + 1, dtype=torch.bool, device=slot.device)
-        cold = cold.scatter_(-1, torch.where(wanted, slot, keys), False)[:, :keys]
-        found = (position < INVALID).sum(-1, dtype=torch.int32)
-        if scene.spans:  # later keys may be reached as well
-            counts = found.unsqueeze(-1).expand(-1, scene.query_tiles)
+    def of(cls, rows: Rows, weight: Tensor, room: int) -> "Columns":
+        """The keys with the most weight, as many as there is room for, but none without. weight: float [N, Sk] in key
+        slots."""
+        keys = list_top_keys(weight, rows.scene.key_slots(), rows.key_row, room)
+        if rows.scene.spans:  # later keys may be reached as well
+            counts = keys.listed.unsqueeze(-1).expand(-1, rows.scene.query_tiles)
         else:
-            counts = torch.searchsorted(position, rows.last_positions(), right=True, out_int32=True)
-        return cls(listed.int(), found, counts, cold)
+            counts = reached(keys, rows.last_positions())
+        return cls(keys.slots, keys.listed, counts, keys.cold)
 
     def hot_tiles(self) -> Tensor:
         """Tiles with a key that is not cold, bool [N, nK]."""
+        if self.cold.device.type == "cuda":
+            # Triton is imported for a GPU only.
+            from mmcompile.kernels import top_keys_kernel
+
+            return top_keys_kernel.hot_tiles(self.cold)
+        return self.hot_tiles_cpu()
+
+    def hot_tiles_cpu(self) -> Tensor:
+        """`hot_tiles` in torch operations."""
         return by_tile(~self.cold, False).any(-1)
 
 
 def block_ends(rows: Rows, stride: Tensor) -> Columns:
     """The last key of each block of `stride` tokens, an int64 tensor without dimensions, in raster order."""
-    keys = rows.scene.key_tags.shape[-1]
-    end = torch.arange(1, block_end_count(keys) + 1, device=stride.device) * stride - 1
-    wanted = (end < keys).expand(rows.rows, -1)
-    return Columns.of(rows, end.clamp(max=keys - 1).expand(rows.rows, -1), wanted)
+    position = rows.scene.key_tags[:, 0]
+    keys = position.shape[1]
+    is_end = torch.arange(1, keys + 1, device=stride.device) % stride == 0
+    weight = (is_end & (position != INVALID)).float()
+    return Columns.of(rows, weight.repeat_interleave(len(rows.heads), 0), block_end_count(keys))
 
 
 LEAST_BLOCK = 64  # tokens of a block; what a list of their ends has room for
@@ -81,7 +85,7 @@ def list_own_keys(rows: Rows, layout: Layout, room: int, most: int) -> OwnKeys:
     listed, counts = [], []
     for start in range(0, query_tiles, step):
         part = slice(start, min(start + step, query_tiles))
-        slot = tile_slots(part, scene.query_modality.shape[1], key.device)
+        slot = tile_slots(part, scene.query_length, key.device)
         query = rows.queries(slot.expand(count, -1)).float().unflatten(1, (-1, TILE)).mean(2)
         scores = query @ key.transpose(1, 2)  # their order is all that counts
         usable = layout.non_empty(part) & ~layout.mandatory(part)

@@ -6,6 +6,8 @@ The element mask of the whole package, for query q at position q' = q + query_of
     and (window is None or k > q' - window)
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,47 +16,29 @@ NO_SPAN = -1
 INVALID_SPAN = -2  # equal to the span of no query
 
 
-def query_tags(
-    batch: int, length: int, offset: int, segment: Tensor | None, span: Tensor | None, device: torch.device
-) -> Tensor:
-    """Tags of the queries in token order.
+class TokenMask(NamedTuple):
+    """What the mask says of some tokens, beside that it is causal."""
 
-    segment, span: any integer dtype, [B, Sq] or broadcasting to it; a negative span is none.
-    Returns int32 [B, 3, Sq]: position (q + offset), segment (0 when none), span (-1 when none).
+    offset: int  # position of the first token
+    valid: Tensor | None  # bool [B, S], or broadcasting to it
+    segment: Tensor | None  # any integer dtype, likewise
+    span: Tensor | None  # likewise; a negative one is none
+
+
+def token_tags(mask: TokenMask, batch: int, length: int, device: torch.device) -> Tensor:
+    """Tags of tokens in token order.
+
+    Returns int32 [B, 3, S]: position (2^31 - 1 where not valid), segment (0 when none), span (-1 when none, -2 where
+    not valid).
     """
     tags = torch.empty(batch, 3, length, dtype=torch.int32, device=device)
-    tags[:, 0] = torch.arange(length, dtype=torch.int32, device=device) + offset
-    tags[:, 1] = 0 if segment is None else segment
-    tags[:, 2] = NO_SPAN if span is None else span.clamp(min=NO_SPAN)
+    tags[:, 0] = torch.arange(length, dtype=torch.int32, device=device) + mask.offset
+    tags[:, 1] = 0 if mask.segment is None else mask.segment
+    tags[:, 2] = NO_SPAN if mask.span is None else mask.span.clamp(min=NO_SPAN)
+    if mask.valid is not None:
+        tags[:, 0].masked_fill_(~mask.valid, INVALID)
+        tags[:, 2].masked_fill_(~mask.valid, INVALID_SPAN)
     return tags
-
-
-def key_tags(
-    batch: int,
-    length: int,
-    valid: Tensor | None,
-    segment: Tensor | None,
-    span: Tensor | None,
-    device: torch.device,
-) -> Tensor:
-    """Tags of the keys in token order.
-
-    valid: bool, segment and span: any integer dtype, [B, Sk] or broadcasting to it.
-    Returns int32 [B, 3, Sk]: position (2^31 - 1 where not valid), segment, span (-2 where not valid).
-    """
-    tags = torch.empty(batch, 3, length, dtype=torch.int32, device=device)
-    tags[:, 0] = torch.arange(length, dtype=torch.int32, device=device)
-    tags[:, 1] = 0 if segment is None else segment
-    tags[:, 2] = NO_SPAN if span is None else span.clamp(min=NO_SPAN)
-    if valid is not None:
-        tags[:, 0].masked_fill_(~valid, INVALID)
-        tags[:, 2].masked_fill_(~valid, INVALID_SPAN)
-    return tags
-
-
-def in_slots(tags: Tensor, order: Tensor) -> Tensor:
-    """Tags [B, 3, S] in token order, moved to the slots of `order` (int32 [B, S], slot -> position)."""
-    return tags.gather(-1, order.long().unsqueeze(1).expand_as(tags))
 
 
 def element_mask(query_tags: Tensor, key_tags: Tensor, window: int | None, segments: bool, spans: bool) -> Tensor:

@@ -41,13 +41,15 @@ class TagBounds(NamedTuple):
     span_first: Tensor  # over tokens that have a span
     span_last: Tensor
     span_least: Tensor  # over all tokens
+    usable: Tensor  # how many tokens are usable
 
     @classmethod
     def of_queries(cls, tags: Tensor) -> "TagBounds":
         """tags: int32 [B, 3, Sq] in slot order. The missing rows of a ragged tile count for nothing."""
         position, segment, span = tags.unbind(1)
         last = _greatest(position, LEAST)
-        return cls(_least(position), last, last, _least(segment), _greatest(segment, LEAST), *_span_bounds(span))
+        of_segment = _least(segment), _greatest(segment, LEAST)
+        return cls(_least(position), last, last, *of_segment, *_span_bounds(span), _usable(position))
 
     @classmethod
     def of_keys(cls, tags: Tensor) -> "TagBounds":
@@ -61,6 +63,7 @@ class TagBounds(NamedTuple):
             _least(segment.masked_fill(absent, INVALID)),
             _greatest(segment.masked_fill(absent, LEAST), LEAST),
             *_span_bounds(span),
+            _usable(position),
         )
 
 
@@ -81,6 +84,10 @@ def tag_bounds_cpu(query_tags: Tensor, key_tags: Tensor) -> tuple[TagBounds, Tag
 
 def _span_bounds(span: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _least(span.masked_fill(span < 0, INVALID)), _greatest(span, LEAST), _least(span)
+
+
+def _usable(position: Tensor) -> Tensor:
+    return (by_tile(position, INVALID) != INVALID).sum(-1, dtype=torch.int32)
 
 
 def _least(values: Tensor) -> Tensor:
@@ -110,7 +117,9 @@ def site_bounds_cpu(site: Tensor) -> tuple[Tensor, Tensor]:
 
 def by_tile(values: Tensor, absent: int) -> Tensor:
     missing = tile_count(values.shape[-1]) * TILE - values.shape[-1]
-    return torch.nn.functional.pad(values, (0, missing), value=absent).unflatten(-1, (-1, TILE))  # [B, n, TILE]
+    if missing:  # without any, padding would copy
+        values = torch.nn.functional.pad(values, (0, missing), value=absent)
+    return values.unflatten(-1, (-1, TILE))  # [B, n, TILE]
 
 
 @dataclass(frozen=True)
@@ -160,13 +169,13 @@ class TileBounds:
             some &= query.segment_first <= key.segment_last
         return some
 
-    def count_non_empty(self) -> Tensor:
-        """How many tiles may hold an allowed element, int64 [B]."""
+    def count_non_empty(self, share: float) -> tuple[Tensor, Tensor]:
+        """How many tiles may hold an allowed element, and how many `share` of these are at most: int64 [B] each."""
         if self.query.first.device.type == "cuda":
             from mmcompile.kernels import tile_bounds_kernel
 
-            return tile_bounds_kernel.count_non_empty(self)
-        return count_non_empty_cpu(self)
+            return tile_bounds_kernel.count_non_empty(self, share)
+        return count_non_empty_cpu(self, share)
 
     def span_match(self, rows: slice) -> Tensor:
         """Tiles in which a query and a key may be of one span, bool [B, rows, nK]."""
@@ -200,6 +209,7 @@ class TileBounds:
         return TagBounds(*(bound[:, None, :] for bound in self.key))
 
 
-def count_non_empty_cpu(bounds: TileBounds) -> Tensor:
+def count_non_empty_cpu(bounds: TileBounds, share: float) -> tuple[Tensor, Tensor]:
     """`TileBounds.count_non_empty` in torch operations."""
-    return torch.stack([bounds.non_empty(rows).sum((1, 2)) for rows in bounds.chunks()]).sum(0)
+    count = torch.stack([bounds.non_empty(rows).sum((1, 2)) for rows in bounds.chunks()]).sum(0)
+    return count, (count.double() * share).floor().long()

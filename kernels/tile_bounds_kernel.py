@@ -1,5 +1,7 @@
 """Triton kernels of `kernels/tile_bounds.py` and `kernels/tile_classes.py`, and their launches."""
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from mmcompile.kernels.a_shape import Intervals
 from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.sum_before import SUMMED, sum_before
 from mmcompile.kernels.tile_bounds import TagBounds, TileBounds, tile_count
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY, Chosen
 
@@ -32,7 +35,7 @@ def _of_tags(
     tags, output, order, block, order_stride, length, tiles, orders,
     OF_KEYS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The bounds of some tiles of one order. output: int32 [8, orders, tiles], the fields of `TagBounds`."""
+    """The bounds of some tiles of one order. output: int32 [9, orders, tiles], the fields of `TagBounds`."""
     LEAST: tl.constexpr = -2147483648
     INVALID: tl.constexpr = 2147483647
     tile = block * TILES + tl.arange(0, TILES)
@@ -53,6 +56,7 @@ def _of_tags(
     _store_bounds(output, 3, stride, some, tl.where(usable, segment, INVALID), tl.where(usable, segment, LEAST))
     _store_bounds(output, 5, stride, some, tl.where(span < 0, INVALID, span), tl.where(inside, span, LEAST))
     tl.store(output + 7 * stride, tl.min(span, 1), mask=some)
+    tl.store(output + 8 * stride, tl.sum(usable.to(tl.int32), 1), mask=some)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -117,6 +121,35 @@ def site_bounds(site: Tensor) -> tuple[Tensor, Tensor]:
             site, output, length, tiles, orders * tiles, TILE, TILES, **OPTIONS
         )
     return output[0], output[1]
+
+
+@triton.jit(do_not_specialize=["length", "tiles"])
+def _key_positions_kernel(tags, output, bounds, length, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
+    """tags: int32 [orders, 3, length]. output: int32 [orders, tiles, TILE]. bounds: int32 [orders, 3, tiles]."""
+    blocks = tl.cdiv(tiles, TILES)
+    order = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) % blocks * TILES + tl.arange(0, TILES)
+    slot = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    some = tile < tiles
+    position = tl.load(tags + order * 3 * length + slot, mask=slot < length, other=2147483647)
+    tl.store(output + order * tiles * TILE + slot, position, mask=some[:, None])
+    bounds += order * 3 * tiles + tile
+    _store_bounds(bounds, 0, tiles, some, position, tl.where(position == 2147483647, -1, position))
+    tl.store(bounds + 2 * tiles, tl.max(position, 1), mask=some)
+
+
+def key_positions(tags: Tensor) -> tuple[Tensor, Tensor]:
+    """`tile_mass.KeyPositions.of`."""
+    tags = tags.contiguous()
+    batch, orders, _, length = tags.shape
+    tiles = tile_count(length)
+    output = torch.empty(batch, orders, tiles, TILE, dtype=torch.int32, device=tags.device)
+    bounds = torch.empty(batch, orders, 3, tiles, dtype=torch.int32, device=tags.device)
+    with torch.cuda.device_of(tags):
+        _key_positions_kernel[(batch * orders * triton.cdiv(tiles, TILES),)](
+            tags, output, bounds, length, tiles, TILE, TILES, **OPTIONS
+        )
+    return output, bounds
 
 
 @triton.jit
@@ -184,16 +217,32 @@ def _count_kernel(
     tl.store(counts + row, tl.sum(count))
 
 
-def count_non_empty(bounds: TileBounds) -> Tensor:
+@triton.jit(do_not_specialize=["query_tiles", "share"])
+def _total_kernel(counts, total, part, query_tiles, share, SUMMED: tl.constexpr):
+    """Sums of rows of counts, int32 [orders, query_tiles], and the part of them that a share is at most.
+
+    share: the bits of a float64, because a number would come as float32.
+    """
+    order = tl.program_id(0).to(tl.int64)
+    count = sum_before(counts + order * query_tiles, query_tiles, SUMMED)
+    tl.store(total + order, count)
+    share = tl.cast(share, tl.int64).to(tl.float64, bitcast=True)
+    tl.store(part + order, (count.to(tl.float64) * share).to(tl.int64))  # never negative: rounded down
+
+
+def count_non_empty(bounds: TileBounds, share: float) -> tuple[Tensor, Tensor]:
     """`TileBounds.count_non_empty`."""
     orders, query_tiles, key_tiles = bounds.shape
     counts = torch.empty(orders, query_tiles, dtype=torch.int32, device=bounds.query.first.device)
+    total, part = torch.empty(2, orders, dtype=torch.int64, device=counts.device).unbind(0)
     with torch.cuda.device_of(counts):
         _count_kernel[(orders * query_tiles,)](
             bounds.query.first, bounds.key.first, counts, query_tiles, key_tiles, orders, bounds.window or 0,
             bounds.window is not None, bounds.segments, bounds.spans, KEY_TILES, **OPTIONS,
         )  # fmt: skip
-    return counts.sum(1)
+        (bits,) = struct.unpack("q", struct.pack("d", share))
+        _total_kernel[(orders,)](counts, total, part, query_tiles, bits, SUMMED, **OPTIONS)
+    return total, part
 
 
 @triton.jit

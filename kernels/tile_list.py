@@ -16,8 +16,8 @@ class Streamed(NamedTuple):
     distances, as `levels.Rings` has them."""
 
     plane: Tensor | None = None  # integer [N, nQ, nK], the levels themselves
-    diagonals: Tensor | None = None  # int64 [N, nK + 1], the level of each distance before the query's own tile
-    own: Tensor | None = None  # integer [2, N, nQ], own tiles of each query tile, for `diagonals`
+    diagonals: Tensor | None = None  # int32 [N, nK + 1], the level of each distance before the query's own tile
+    own: Tensor | None = None  # int32 [N, 2, nQ], own tiles of each query tile, for `diagonals`
     row_lines: Tensor | None = None  # bool [N, nQ], query tiles that choose every tile, as `CHOSEN` ones
     column_lines: Tensor | None = None  # bool [N, nK], key tiles that every query tile chooses
 
@@ -185,24 +185,36 @@ def find_cut_cpu(layout: Layout, levels: Levels, limits: Limits) -> Cut:
 
 
 def list_tiles(
-    layout: Layout, levels: Levels, cut: Cut | None, hot_tiles: Tensor | None, counts: Tensor, tiles: Tensor
+    layout: Layout,
+    levels: Levels,
+    cut: Cut | None,
+    hot_tiles: Tensor | None,
+    columns: Tensor | None,
+    counts: Tensor,
+    tiles: Tensor,
 ) -> None:
     """Write the tiles up to a cut: for each query tile the full ones ascending, then the partial ones ascending.
 
-    N = B * R plan rows. hot_tiles: bool [N, nK], tiles with a key that a column has: they are never full. counts: int32
-    [B, R, nQ, 5], a view, of which the first three are written: first entry, full, partial. tiles: int32 [B, R, T], a
-    view; unused entries become -1.
+    N = B * R plan rows. hot_tiles: bool [N, nK], tiles with a key that a column has: they are never full. columns:
+    int32 [N, nQ], single keys of each query tile, of a list that it shares with the others. counts: int32
+    [B, R, nQ, 5], a view, as of `TilePlan`. tiles: int32 [B, R, T], a view; unused entries become -1.
     """
     if tiles.device.type == "cuda":
         from mmcompile.kernels import tile_list_kernel
 
-        tile_list_kernel.list_tiles(layout, levels, cut, hot_tiles, counts, tiles)
+        tile_list_kernel.list_tiles(layout, levels, cut, hot_tiles, columns, counts, tiles)
     else:
-        list_tiles_cpu(layout, levels, cut, hot_tiles, counts, tiles)
+        list_tiles_cpu(layout, levels, cut, hot_tiles, columns, counts, tiles)
 
 
 def list_tiles_cpu(
-    layout: Layout, levels: Levels, cut: Cut | None, hot_tiles: Tensor | None, counts: Tensor, tiles: Tensor
+    layout: Layout,
+    levels: Levels,
+    cut: Cut | None,
+    hot_tiles: Tensor | None,
+    columns: Tensor | None,
+    counts: Tensor,
+    tiles: Tensor,
 ) -> None:
     """`list_tiles` in torch operations."""
     batch, count, length = tiles.shape
@@ -234,6 +246,8 @@ def list_tiles_cpu(
         )
         counts[:, :, rows, :3] = torch.stack(written, -1).unflatten(0, (batch, count)).int()
     tiles.copy_(room[:, :length].unflatten(0, (batch, count)))
+    counts[..., 3] = 0
+    counts[..., 4] = 0 if columns is None else columns.unflatten(0, (batch, count))
 
 
 def _choose(layout: Layout, levels: Levels, cut: Cut | None, rows: slice, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.sum_before import SUMMED, sum_before
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY
 from mmcompile.kernels.tile_list import Cut, Layout, Levels, Limits
 
@@ -31,9 +32,8 @@ class Steps(NamedTuple):
 
 COUNT, LIST = Steps(512, 4), Steps(256, 1)
 QUERY_TILES = 8  # query tiles that one program counts the levels of
-SUMMED = 1024  # counts of earlier query tiles that are added up in one step
 # Code that knows a size to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-SIZES = ["rows", "query_tiles", "key_tiles", "orders", "level_count"]
+SIZES = ["query_tiles", "key_tiles", "orders", "level_count"]
 
 
 @triton.jit
@@ -50,16 +50,16 @@ def _any(classes, which: tl.constexpr):
 @triton.jit
 def _diagonal(diagonals, own, tile, inside, key_tiles):
     """Levels of tiles by their distance before the tile `own`. diagonals: [key_tiles + 1], later ones last."""
-    distance = (own - tile).to(tl.int32)
+    distance = own - tile
     distance = tl.where(distance >= 0, distance, key_tiles)
-    return tl.load(diagonals + distance, mask=inside, other=0).to(tl.int32)
+    return tl.load(diagonals + distance, mask=inside, other=0)
 
 
 @triton.jit
 def _level(
     classes, tile, inside, n, row, place, order,
     plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
-    rows, query_tiles, key_tiles, orders, level_count,
+    query_tiles, key_tiles, orders, level_count,
     CHOSEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """How much the pattern wants some key tiles of a query tile: `Levels.of`.
@@ -70,9 +70,9 @@ def _level(
         level = tl.load(plane + row * key_tiles + tile, mask=inside, other=0).to(tl.int32)
     elif diagonals is not None:
         diagonals += n * (key_tiles + 1)
-        first = _diagonal(diagonals, tl.load(own + row), tile, inside, key_tiles)
-        last_own = tl.load(own + rows.to(tl.int64) * query_tiles + row)
-        level = tl.minimum(first, _diagonal(diagonals, last_own, tile, inside, key_tiles))
+        own += n * query_tiles + row  # twice what comes before this plan row, and its query tile
+        first = _diagonal(diagonals, tl.load(own), tile, inside, key_tiles)
+        level = tl.minimum(first, _diagonal(diagonals, tl.load(own + query_tiles), tile, inside, key_tiles))
     else:
         chosen = _has(classes, CHOSEN)
         if row_lines is not None:
@@ -137,21 +137,11 @@ def _remainder(value, divisor):
     return tl.where(rest >= divisor, rest - divisor, rest)
 
 
-@triton.jit
-def _sum_before(values, count, SUMMED: tl.constexpr):
-    """Sum of the first `count` of some int32 values, int64."""
-    total = tl.zeros([SUMMED], tl.int64)
-    for start in range(0, count, SUMMED):
-        index = start + tl.arange(0, SUMMED)
-        total += tl.load(values + index, mask=index < count, other=0)
-    return tl.sum(total)
-
-
 @triton.jit(do_not_specialize=[*SIZES, "recall"])
 def _count_levels_kernel(
     classes, pair, plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
     weights, column_share, counts, of_tile,
-    rows, query_tiles, key_tiles, orders, level_count, recall,
+    query_tiles, key_tiles, orders, level_count, recall,
     NON_EMPTY: tl.constexpr, MANDATORY: tl.constexpr, CHOSEN: tl.constexpr, TILE: tl.constexpr,
     LEVELS: tl.constexpr, KEY_TILES: tl.constexpr, QUERY_TILES: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +169,7 @@ def _count_levels_kernel(
             if _any(here, NON_EMPTY):
                 level = _level(
                     here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-                    query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+                    query_bounds, key_bounds, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
                 )  # fmt: skip
                 must = _has(here, MANDATORY)
                 wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
@@ -221,7 +211,7 @@ def _cut_kernel(
     counts += n * (level_count + 1)
     most = tl.load(budget + n // plans)
     if columns is not None:
-        most -= (_sum_before(columns + n * query_tiles, query_tiles, SUMMED) + TILE - 1) // TILE
+        most -= (sum_before(columns + n * query_tiles, query_tiles, SUMMED) + TILE - 1) // TILE
     used = tl.load(counts)  # the mandatory ones
     spent = used
     last = -1
@@ -270,7 +260,7 @@ def find_cut(layout: Layout, levels: Levels, limits: Limits) -> Cut:
 def _count_following_kernel(
     classes, pair, plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
     last_level, of_tile, counts,
-    rows, query_tiles, key_tiles, orders, level_count,
+    query_tiles, key_tiles, orders, level_count,
     NON_EMPTY: tl.constexpr, MANDATORY: tl.constexpr, CHOSEN: tl.constexpr, TILE: tl.constexpr,
     KEY_TILES: tl.constexpr,
 ):  # fmt: skip
@@ -287,7 +277,7 @@ def _count_following_kernel(
         if _any(here, NON_EMPTY):
             level = _level(
                 here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-                query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+                query_bounds, key_bounds, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
             )  # fmt: skip
             wanted = _wanted(here, level, level_count, NON_EMPTY, MANDATORY)
             count += _following(wanted, level, n, row, last_level, of_tile).to(tl.int32)
@@ -297,9 +287,9 @@ def _count_following_kernel(
 @triton.jit(do_not_specialize=[*SIZES, "plans", "count_batch_stride", "tile_batch_stride", "room"])
 def _list_tiles_kernel(
     classes, pair, plane, diagonals, own, row_lines, column_lines, query_bounds, key_bounds,
-    last_level, of_tile, rest, following_count, following, hot_tiles, listed,
+    last_level, of_tile, rest, following_count, following, hot_tiles, columns, listed,
     counts, tiles,
-    rows, query_tiles, key_tiles, orders, level_count,
+    query_tiles, key_tiles, orders, level_count,
     plans, count_batch_stride, tile_batch_stride, room,
     NON_EMPTY: tl.constexpr, FULL: tl.constexpr, MANDATORY: tl.constexpr, CHOSEN: tl.constexpr, TILE: tl.constexpr,
     KEY_TILES: tl.constexpr, SUMMED: tl.constexpr, WRITE: tl.constexpr,
@@ -316,12 +306,12 @@ def _list_tiles_kernel(
     place = order * query_tiles + query_tile
     seen = tl.zeros([], tl.int64)
     if rest is not None:
-        seen = _sum_before(following + n * query_tiles, query_tile.to(tl.int32), SUMMED)
+        seen = sum_before(following + n * query_tiles, query_tile.to(tl.int32), SUMMED)
     full_entry = tl.zeros([], tl.int64)
     partial_entry = tl.zeros([], tl.int64)
     both = tl.zeros([KEY_TILES], tl.int32)  # of each lane, full tiles in the lower half, partial ones in the upper
     if WRITE:
-        full_entry = _sum_before(listed + n * query_tiles * 2, query_tile.to(tl.int32) * 2, SUMMED)
+        full_entry = sum_before(listed + n * query_tiles * 2, query_tile.to(tl.int32) * 2, SUMMED)
         full_count = tl.load(listed + row * 2)
         partial_count = tl.load(listed + row * 2 + 1)
         partial_entry = full_entry + full_count
@@ -332,6 +322,8 @@ def _list_tiles_kernel(
         left = tl.maximum(room - full_entry, 0)
         tl.store(counts + 1, tl.minimum(full_count, left).to(tl.int32))
         tl.store(counts + 2, tl.minimum(partial_count, tl.maximum(room - partial_entry, 0)).to(tl.int32))
+        tl.store(counts + 3, 0)
+        tl.store(counts + 4, 0 if columns is None else tl.load(columns + row))
     for start in range(0, key_tiles, KEY_TILES):
         tile = start + tl.arange(0, KEY_TILES)
         inside = tile < key_tiles
@@ -339,7 +331,7 @@ def _list_tiles_kernel(
         if _any(here, NON_EMPTY):
             level = _level(
                 here, tile, inside, n, row, place, order, plane, diagonals, own, row_lines, column_lines,
-                query_bounds, key_bounds, rows, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
+                query_bounds, key_bounds, query_tiles, key_tiles, orders, level_count, CHOSEN, TILE,
             )  # fmt: skip
             chosen, seen = _chosen(
                 here, level, n, row, seen, level_count, last_level, of_tile, rest, following_count,
@@ -364,7 +356,13 @@ def _list_tiles_kernel(
 
 
 def list_tiles(
-    layout: Layout, levels: Levels, cut: Cut | None, hot_tiles: Tensor | None, counts: Tensor, tiles: Tensor
+    layout: Layout,
+    levels: Levels,
+    cut: Cut | None,
+    hot_tiles: Tensor | None,
+    columns: Tensor | None,
+    counts: Tensor,
+    tiles: Tensor,
 ) -> None:
     """`tile_list.list_tiles`."""
     n, query_tiles, _ = layout.shape
@@ -373,6 +371,7 @@ def list_tiles(
     shape, sizes = _tiles(layout, levels), _sizes(layout, levels)
     listed = torch.empty(n, query_tiles, 2, dtype=torch.int32, device=device)
     following = None
+    columns = None if columns is None else columns.contiguous()
     tiles.fill_(-1)
     with torch.cuda.device_of(tiles):
         if rest is not None:
@@ -383,7 +382,8 @@ def list_tiles(
             )  # fmt: skip
         for write in (False, True):
             _list_tiles_kernel[(n * query_tiles,)](
-                *shape, last, of_tile, rest, following_count, following, hot_tiles, listed, counts, tiles, *sizes,
+                *shape, last, of_tile, rest, following_count, following, hot_tiles, columns, listed, counts, tiles,
+                *sizes,
                 tiles.shape[1], counts.stride(0), tiles.stride(0), tiles.shape[2],
                 NON_EMPTY, FULL, MANDATORY, CHOSEN, TILE, LIST.key_tiles, SUMMED, write, **LIST.options,
             )  # fmt: skip
@@ -421,8 +421,8 @@ def _tiles(layout: Layout, levels: Levels) -> tuple[Tensor | None, ...]:
     return layout.places.classes, layout.pair, *levels.streamed(), bounds.query.first, bounds.key.first
 
 
-def _sizes(layout: Layout, levels: Levels) -> tuple[int, int, int, int, int]:
-    return *layout.shape, layout.bounds.shape[0], levels.count
+def _sizes(layout: Layout, levels: Levels) -> tuple[int, int, int, int]:
+    return *layout.shape[1:], layout.bounds.shape[0], levels.count
 
 
 def _power_of_two(count: int) -> int:

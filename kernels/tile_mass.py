@@ -33,6 +33,16 @@ class KeyPositions(NamedTuple):
     @classmethod
     def of(cls, key_tags: Tensor) -> "KeyPositions":
         """key_tags: int32 [B, Ok, 3, Sk] in slot order."""
+        if key_tags.device.type == "cuda":
+            # Triton is imported for a GPU only.
+            from mmcompile.kernels import tile_bounds_kernel
+
+            return cls(*tile_bounds_kernel.key_positions(key_tags))
+        return cls.of_cpu(key_tags)
+
+    @classmethod
+    def of_cpu(cls, key_tags: Tensor) -> "KeyPositions":
+        """`of` in torch operations."""
         every = by_tile(key_tags[:, :, 0], INVALID).contiguous()
         last = every.masked_fill(every == INVALID, -1).amax(-1)
         return cls(every, torch.stack([every.amin(-1), last, every.amax(-1)], 2))

@@ -11,15 +11,26 @@ from mmcompile.kernels import (
     a_shape,
     a_shape_kernel,
     levels_kernel,
+    lines,
+    lines_kernel,
+    orders,
+    orders_kernel,
+    scene_kernel,
     tile_bounds,
     tile_bounds_kernel,
     tile_classes,
     tile_list,
     tile_list_kernel,
+    top_keys,
+    top_keys_kernel,
 )
+from mmcompile.kernels import arrange as arranging
 from mmcompile.kernels.arrange import arrange
 from mmcompile.kernels.levels import MassLevels
 from mmcompile.kernels.plan import plan
+from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.tile_bounds import by_tile
+from mmcompile.kernels.tile_mass import KeyPositions
 from tests.kernels.pattern_cases import PatternCase
 from tests.kernels.plan_cases import random_case, random_site_case
 
@@ -54,6 +65,18 @@ def by_torch() -> Iterator[None]:
         patch.setattr(tile_bounds_kernel, "count_non_empty", tile_bounds.count_non_empty_cpu)
         patch.setattr(tile_bounds_kernel, "classify", tile_classes.classify_cpu)
         patch.setattr(a_shape_kernel, "sort_keys", a_shape.sort_keys_cpu)
+        patch.setattr(a_shape_kernel, "rank_valid_keys", a_shape.rank_valid_keys_cpu)
+        patch.setattr(lines_kernel, "rank_diagonals", lines.rank_diagonals_cpu)
+        patch.setattr(top_keys_kernel, "list_top_keys", top_keys.list_top_keys_cpu)
+        patch.setattr(top_keys_kernel, "reached", top_keys.reached_cpu)
+        patch.setattr(top_keys_kernel, "hot_tiles", lambda cold: by_tile(~cold, False).any(-1))
+        patch.setattr(scene_kernel, "own_tiles", Rows.own_tiles_cpu)
+        patch.setattr(orders_kernel, "modalities", orders.modalities_cpu)
+        patch.setattr(orders_kernel, "slots", orders.slots_cpu)
+        patch.setattr(orders_kernel, "sort_by", orders.sort_by_cpu)
+        patch.setattr(orders_kernel, "token_sites", orders.TokenSites.of_cpu)
+        patch.setattr(orders_kernel, "fill", arranging.fill_cpu)
+        patch.setattr(tile_bounds_kernel, "key_positions", KeyPositions.of_cpu)
         patch.setattr(a_shape_kernel, "runs", a_shape.runs_cpu)
         patch.setattr(tile_list_kernel, "find_cut", tile_list.find_cut_cpu)
         patch.setattr(tile_list_kernel, "list_tiles", tile_list.list_tiles_cpu)
@@ -68,10 +91,13 @@ def test_plans_that_need_no_data(seed: int) -> None:
         {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
         for arguments in (case.arrange_arguments(), case.plan_arguments(case.arrange(), DENSITIES[seed % 5]))
     ]
-    arguments = on_gpu[1] | {"arrangement": arrange(**on_gpu[0])}
+    arrangement = arrange(**on_gpu[0])
+    arguments = on_gpu[1] | {"arrangement": arrangement}
     made, stats = plan(**arguments)
     with by_torch():
         expected, expected_stats = plan(**arguments)
+        for name, a, b in zip(arrangement._fields, arrangement, arrange(**on_gpu[0]), strict=True):
+            assert torch.equal(a, b), f"{name}\n{case}"
     for name, a, b in zip(made._fields, made, expected, strict=True):
         assert torch.equal(a, b), f"{name}\n{case}"
     assert torch.equal(stats.density, expected_stats.density), case

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.planted_heads import plant_heads, random_plant
-from mmcompile.kernels import hot_keys_kernel, probes, probes_kernel
+from mmcompile.kernels import lines, lines_kernel, probes, probes_kernel
 from mmcompile.kernels.attend import plan_attention
 from mmcompile.kernels.patterns import HeadPattern
 
@@ -19,7 +19,8 @@ FUNCTIONS: dict[str, tuple[Any, str, Any, str]] = {
     "totals": (probes, "_totals_cpu", probes_kernel, "totals"),
     "agreement": (probes, "_agreement_cpu", probes_kernel, "agreement"),
     "choose": (probes, "_choose_cpu", probes_kernel, "choose"),
-    "hot keys": (probes, "_hot_keys_cpu", hot_keys_kernel, "hot_keys"),
+    "site totals": (lines, "site_totals_cpu", lines_kernel, "site_totals"),
+    "hot weight": (probes, "_hot_weight_cpu", probes_kernel, "hot_weight"),
 }
 
 

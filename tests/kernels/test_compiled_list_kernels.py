@@ -12,7 +12,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmcompile.kernels import a_shape_kernel, levels_kernel, tile_bounds_kernel, tile_list_kernel
+from mmcompile.kernels import (
+    a_shape_kernel,
+    levels_kernel,
+    lines_kernel,
+    tile_bounds_kernel,
+    tile_list_kernel,
+    top_keys_kernel,
+)
 from mmcompile.kernels.levels import MASS_LEVELS, OCTAVE
 from mmcompile.kernels.patterns import MODALITIES, TILE
 from mmcompile.kernels.tile_classes import CHOSEN, FULL, MANDATORY, NON_EMPTY
@@ -23,8 +30,6 @@ pytestmark = pytest.mark.skipif(
 # All else is int32 or, where the kernel does not name it as a size, a pointer to it.
 LONG = (
     "pair",
-    "diagonals",
-    "own",
     "keys",
     "slots",
     "group_keys",
@@ -33,10 +38,9 @@ LONG = (
     "rest",
     "following_count",
 )
-LONG += ("last_level", "rest", "following_count")
 TYPES = dict.fromkeys(LONG, "*i64") | dict.fromkeys(("hot_tiles", "row_lines", "column_lines"), "*i1")
 TYPES |= {"classes": "*u8", "plane": "*i16", "levels": "*i16", "mass": "*fp32"}
-TYPES |= dict.fromkeys(("log_mass", "of_columns", "held"), "*fp32")
+TYPES |= dict.fromkeys(("mass", "held", "weight", "log_mass", "of_columns"), "*fp32") | {"cold": "*i1"}
 TYPES |= {"column_share": "*fp32", "recall": "fp32", "whole": "fp32"}
 ALL = {"NON_EMPTY": NON_EMPTY, "FULL": FULL, "MANDATORY": MANDATORY, "CHOSEN": CHOSEN, "TILE": TILE}
 ALL |= {"OCTAVE": OCTAVE, "MODALITIES": MODALITIES, "QUERIES": a_shape_kernel.QUERIES, "REACH": True, "EVERY": False}
@@ -48,9 +52,17 @@ PUT, COUNT, LIST = (step._asdict() for step in (levels_kernel.PUT, tile_list_ker
 BOUNDS = {"key_tiles": tile_bounds_kernel.KEY_TILES, "warps": tile_bounds_kernel.OPTIONS["num_warps"]}
 RUNS = {"key_tiles": 0, "warps": a_shape_kernel.OPTIONS["num_warps"]}
 EVERY_RUN = {"GROUPS": MODALITIES, "WINDOW": True, "LOCAL": True, "LAST": True}
+KEYS = {"CHUNKS": top_keys_kernel.CHUNKS, "BINS": top_keys_kernel.BINS, "LISTED": top_keys_kernel.LISTED}
+KEYS |= {"KEYS": top_keys_kernel.KEYS, "BEFORE": 23, "SHIFT": 15}
+DIAGONALS = {name: getattr(lines_kernel, name) for name in ("DISTANCES", "AT_ONCE", "OTHERS")}
 CASES: dict[str, tuple[Any, dict[str, int], dict[str, Any]]] = {
     "classes": (tile_bounds_kernel._classify_kernel, BOUNDS, MASK),
-    "runs": (a_shape_kernel._runs_kernel, RUNS, EVERY_RUN),
+    "runs": (a_shape_kernel._runs_kernel, RUNS, EVERY_RUN | {"after": None}),
+    "runs of one segment": (a_shape_kernel._runs_kernel, RUNS, EVERY_RUN),
+    "digits counted": (top_keys_kernel._count_digits_kernel, {"key_tiles": 0, "warps": 8}, KEYS),
+    "keys listed": (top_keys_kernel._list_keys_kernel, {"key_tiles": 0, "warps": 8}, KEYS),
+    "diagonals summed": (lines_kernel._sum_diagonals_kernel, {"key_tiles": 0, "warps": 1}, DIAGONALS),
+    "diagonals ranked": (lines_kernel._rank_diagonals_kernel, {"key_tiles": 0, "warps": 4}, DIAGONALS),
     "levels of mass": (levels_kernel._put_mass_kernel, PUT, {"LEVELS": MASS_LEVELS}),
     "levels of samples": (levels_kernel._put_samples_kernel, PUT, {"LEVELS": MASS_LEVELS, "SAMPLES": 3, "PADDED": 4}),
     "levels counted": (tile_list_kernel._count_levels_kernel, COUNT, PLANE | {"LEVELS": MASS_LEVELS}),

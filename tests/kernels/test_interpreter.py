@@ -15,11 +15,12 @@ from mmcompile.kernels import (
     block_sparse,
     column_mass_kernel,
     gather_columns,
-    hot_keys_kernel,
     last_queries,
     last_queries_kernel,
     levels,
     levels_kernel,
+    lines,
+    lines_kernel,
     ops,
     permute,
     permute_cpu,
@@ -192,7 +193,8 @@ def every_op_by_triton(monkeypatch):
     monkeypatch.setattr(probes, "_totals_cpu", probes_kernel.totals)
     monkeypatch.setattr(probes, "_agreement_cpu", probes_kernel.agreement)
     monkeypatch.setattr(probes, "_choose_cpu", probes_kernel.choose)
-    monkeypatch.setattr(probes, "_hot_keys_cpu", hot_keys_kernel.hot_keys)
+    monkeypatch.setattr(probes, "_hot_weight_cpu", probes_kernel.hot_weight)
+    monkeypatch.setattr(lines, "site_totals_cpu", lines_kernel.site_totals)
     monkeypatch.setattr(search_stride, "_profiles_cpu", stride_profiles)
     monkeypatch.setattr(search_stride, "_response_cpu", stride_response)
     monkeypatch.setattr(last_queries, "last_queries_cpu", last_queries_kernel.last_queries)

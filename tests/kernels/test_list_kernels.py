@@ -13,22 +13,34 @@ from torch import Tensor
 from mmcompile.kernels import (
     a_shape,
     a_shape_kernel,
+    arrange,
     levels_kernel,
+    lines,
+    lines_kernel,
+    orders,
+    orders_kernel,
+    scene_kernel,
     tile_bounds,
     tile_bounds_kernel,
     tile_classes,
     tile_list,
     tile_list_kernel,
+    top_keys,
+    top_keys_kernel,
 )
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels.a_shape import Intervals
 from mmcompile.kernels.levels import MASS_LEVELS, MassLevels, Rings
 from mmcompile.kernels.lines import Diagonals, GridLines
+from mmcompile.kernels.orders import TokenSites
 from mmcompile.kernels.patterns import TILE
+from mmcompile.kernels.scene import Rows
+from mmcompile.kernels.single_keys import Columns
 from mmcompile.kernels.tile_bounds import TileBounds
 from mmcompile.kernels.tile_classes import MANDATORY, NON_EMPTY
 from mmcompile.kernels.tile_list import Layout, Levels, Limits, Places
 from mmcompile.kernels.tile_list_kernel import Steps
+from mmcompile.kernels.tile_mass import KeyPositions
 from tests.kernels.pattern_cases import PatternCase, combinations
 from tests.kernels.plan_cases import Made, PlanCase, plan_cases, site_cases
 
@@ -54,16 +66,49 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(tile_bounds, "count_non_empty_cpu", tile_bounds_kernel.count_non_empty)
         patch.setattr(tile_classes, "classify_cpu", tile_bounds_kernel.classify)
         patch.setattr(a_shape, "sort_keys_cpu", a_shape_kernel.sort_keys)
+        patch.setattr(a_shape, "rank_valid_keys_cpu", a_shape_kernel.rank_valid_keys)
         patch.setattr(a_shape, "runs_cpu", a_shape_kernel.runs)
         patch.setattr(tile_list, "find_cut_cpu", tile_list_kernel.find_cut)
         patch.setattr(tile_list, "list_tiles_cpu", tile_list_kernel.list_tiles)
         patch.setattr(tile_list, "density_cpu", tile_list_kernel.density)
+        patch.setattr(lines, "rank_diagonals_cpu", lines_kernel.rank_diagonals)
+        patch.setattr(top_keys, "list_top_keys_cpu", top_keys_kernel.list_top_keys)
+        patch.setattr(top_keys, "reached_cpu", top_keys_kernel.reached)
+        patch.setattr(Columns, "hot_tiles_cpu", lambda columns: top_keys_kernel.hot_tiles(columns.cold))
+        patch.setattr(Rows, "own_tiles_cpu", scene_kernel.own_tiles)
+        patch.setattr(orders, "modalities_cpu", orders_kernel.modalities)
+        patch.setattr(orders, "slots_cpu", orders_kernel.slots)
+        patch.setattr(orders, "sort_by_cpu", orders_kernel.sort_by)
+        patch.setattr(KeyPositions, "of_cpu", lambda tags: KeyPositions(*tile_bounds_kernel.key_positions(tags)))
+        patch.setattr(arrange, "fill_cpu", orders_kernel.fill)
         patch.setattr(tile_bounds_kernel, "KEY_TILES", key_tiles)
+        for kernel in (tile_bounds_kernel, tile_list_kernel, a_shape_kernel):
+            patch.setattr(kernel, "SUMMED", 2)
+        patch.setattr(a_shape_kernel, "KEYS", TILE)
+        patch.setattr(orders_kernel, "TOKENS", 64)
+        for size, value in (("KEYS", 16), ("LISTED", 8), ("CHUNKS", 4), ("SHORTEST", 32), ("ROWS", 4)):
+            patch.setattr(top_keys_kernel, size, value)
+        patch.setattr(lines_kernel, "DISTANCES", key_tiles)
         for module, walk in ((levels_kernel, "PUT"), (tile_list_kernel, "COUNT"), (tile_list_kernel, "LIST")):
             patch.setattr(module, walk, Steps(key_tiles, 1))
-        patch.setattr(tile_list_kernel, "SUMMED", 2)
         patch.setattr(tile_list_kernel, "QUERY_TILES", 2)
         yield patch
+
+
+@few
+@given(every_kind)
+def test_arrangements(case: PlanCase) -> None:
+    """The sites of tokens as well, where there are segments."""
+    arguments = case.arrange_arguments(0)
+    prompt = *(arguments[name] for name in ("offsets", "modality", "grid")), case.batch, case.query_length
+    expected = arrange.arrange(**arguments)
+    with by_triton():
+        made = arrange.arrange(**arguments)
+        sites = orders_kernel.token_sites(*prompt)
+    for name, a, b in zip(expected._fields, made, expected, strict=True):
+        assert torch.equal(a, b), name
+    for name, a, b in zip(TokenSites._fields, sites, TokenSites.of_cpu(*prompt), strict=True):
+        assert torch.equal(a, b), name
 
 
 def assert_same(one: Made, other: Made) -> None:
@@ -149,9 +194,9 @@ class ListCase:
             return grid
         diagonals = Diagonals.__new__(Diagonals)
         diagonals.count = max(1, key_tiles // 2)
-        diagonals.levels = torch.randint(diagonals.count + 1, (n, key_tiles + 1), generator=draw)
-        diagonals.own = torch.randint(key_tiles, (2, n, query_tiles), generator=draw)
-        diagonals.key_tile = torch.arange(key_tiles)
+        diagonals.levels = torch.randint(diagonals.count + 1, (n, key_tiles + 1), generator=draw).int()
+        diagonals.own = torch.randint(key_tiles, (n, 2, query_tiles), generator=draw).int()
+        diagonals.key_tiles = key_tiles
         return diagonals
 
 
@@ -194,6 +239,7 @@ def test_any_cut_of_any_tiles(case: ListCase, step: int) -> None:
         columns = torch.randint(200, (n, query_tiles), generator=draw).int()
         limits = limits._replace(columns=columns, held=torch.rand(n, query_tiles, generator=draw).round(decimals=1))
     hot_tiles = torch.rand(n, key_tiles, generator=draw) < 0.3 if case.seed % 2 else None
+    listed = limits.columns
     room = int(case.room * query_tiles * key_tiles)
     # The rows are some of a larger plan's, as those of one pattern are.
     written = []
@@ -205,7 +251,7 @@ def test_any_cut_of_any_tiles(case: ListCase, step: int) -> None:
         tiles = torch.full((case.batch, case.rows + 2, room), 7, dtype=torch.int32)
         with by_triton(step):
             cut = None if limits.budget is None and limits.recall is None else find(layout, levels, limits)
-            write(layout, levels, cut, hot_tiles, counts[:, 1:-1], tiles[:, 1:-1])
+            write(layout, levels, cut, hot_tiles, listed, counts[:, 1:-1], tiles[:, 1:-1])
         written.append((counts, tiles))
     assert all(torch.equal(one, other) for one, other in zip(*written, strict=True))
 
@@ -259,3 +305,69 @@ def test_levels_of_samples(
         else:
             assert found is expected is None
     assert_next_to(one, other, some)
+
+
+@dataclass(frozen=True)
+class KeyCase:
+    """Weights of some rows, of few values where `levels` are few, so that many are equal."""
+
+    seed: int
+    batch: int
+    rows: int  # of a batch row
+    orders: int
+    keys: int
+    levels: int
+    room: float  # of all keys
+
+
+@few
+@given(
+    st.builds(
+        KeyCase,
+        seed=st.integers(0, 2**31),
+        batch=st.integers(1, 2),
+        rows=st.integers(1, 3),
+        orders=st.integers(1, 2),
+        keys=st.integers(1, 400),
+        levels=st.sampled_from([1, 2, 5, 300]),
+        room=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0, 1.1]),
+    )
+)
+def test_the_keys_with_the_most_weight_are_listed_by_position(case: KeyCase) -> None:
+    draw = torch.Generator().manual_seed(case.seed)
+    rows = case.batch * case.rows
+    weight = torch.randint(case.levels + 1, (rows, case.keys + 3), generator=draw) / case.levels
+    weight = (weight * torch.rand((), generator=draw)).pow(4)[:, : case.keys]
+    slots = [torch.randperm(case.keys, generator=draw) for _ in range(case.batch * case.orders)]
+    key_slots = torch.stack(slots).view(case.batch, case.orders, -1).int()
+    key_row = torch.randint(case.orders, (case.batch, case.rows), generator=draw).int()
+    room = 1 + int(case.room * case.keys)
+    arguments = weight, key_slots, key_row, room
+    expected = top_keys.list_top_keys_cpu(*arguments)
+    last = torch.randint(-1, case.keys, (rows, 9), generator=draw).int()
+    with by_triton():
+        made = top_keys_kernel.list_top_keys(*arguments)
+        assert torch.equal(top_keys_kernel.reached(made, last), top_keys.reached_cpu(expected, last))
+        columns = Columns(made.slots, made.listed, made.slots, made.cold)
+        assert torch.equal(top_keys_kernel.hot_tiles(made.cold), columns.hot_tiles_cpu())
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+    # And the list is what it says.
+    for n in range(rows):
+        by_position = weight[n, key_slots[n // case.rows, key_row.flatten()[n]].long()]
+        found = expected.positions[n, : expected.listed[n]].tolist()
+        assert found == sorted(found) and len(found) <= room
+        usable = (by_position > 0).nonzero().flatten().tolist()
+        best = sorted(usable, key=lambda position: (-float(by_position[position]), position))[:room]
+        assert found == sorted(best)
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 12))
+def test_diagonals_are_ranked_by_their_sums(seed: int, rows: int, samples: int, key_tiles: int, count: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    mass = torch.rand(rows, samples, key_tiles, generator=draw).mul(4).round() / 4
+    own = torch.randint(key_tiles, (rows, samples + 2), generator=draw).int()[:, :samples]
+    arguments = mass, own, min(count, key_tiles)
+    with by_triton():
+        made = lines_kernel.rank_diagonals(*arguments)
+    assert torch.equal(made, lines.rank_diagonals_cpu(*arguments))

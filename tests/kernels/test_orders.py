@@ -11,8 +11,8 @@ from mmcompile.kernels.orders import (
     in_tokens,
     of_keys,
     slots,
+    sort_key,
     token_modality,
-    token_order,
     without_sink,
 )
 from mmcompile.kernels.patterns import MODALITIES, TILE, Order
@@ -83,6 +83,14 @@ def test_a_token_counts_from_its_segment_or_its_sequence(case: tuple[int, int, l
         assert actual.flatten()[:told].tolist() == expected[:told]
     if not segments:
         assert tokens.place.tolist() == [list(range(length))] * batch and not tokens.frame.any()
+
+
+def token_order(order: Order, modality: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
+    """As `sort_tokens` makes it of what they are sorted by."""
+    if order.is_raster:
+        return torch.arange(modality.shape[1], dtype=torch.int32).expand_as(modality)
+    by = sort_key(order, modality, None if order.base == "raster" else site)
+    return by.argsort(dim=-1, stable=True).int()
 
 
 def two_frames() -> TokenSites:

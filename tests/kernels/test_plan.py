@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmcompile.kernels import plan as planning
 from mmcompile.kernels import tile_bounds
 from mmcompile.kernels.arrange import arrange
-from mmcompile.kernels.head_indices import head_indices
+from mmcompile.kernels.head_indices import batch_rows, head_indices
 from mmcompile.kernels.patterns import TILE, HeadPattern, distinct_orders, encode, encode_orders
 from mmcompile.kernels.plan import empty_plan, plan, plan_shapes
 from tests.kernels.plan_cases import Made, PlanCase, by_site, by_tile, plan_cases, site_cases, wholly
@@ -489,8 +489,10 @@ class LargestTensor(TorchDispatchMode):
 def no_kept_tables() -> Iterator[None]:
     """Tables that are kept from call to call hold data, and fake ones must not outlive their mode."""
     head_indices.cache_clear()
+    batch_rows.cache_clear()
     yield
     head_indices.cache_clear()
+    batch_rows.cache_clear()
 
 
 @pytest.mark.usefixtures("no_kept_tables")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmcompile.kernels import probes, probes_kernel
+from mmcompile.kernels import lines, lines_kernel, probes, probes_kernel
 from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.probes import PROBED, SAMPLES, Measured
 from tests.kernels.pattern_cases import PatternCase, combinations
@@ -83,3 +83,12 @@ def test_recall(key_tiles: int) -> None:
     outside, weight = torch.rand(2, 4, PROBED)
     measured = Measured(slot, log_mass, log_mass.logsumexp(-1), outside, weight, torch.tensor([3, 0, 3]))
     torch.testing.assert_close(measured.recall(counts, tiles), probes_kernel.recall(measured, counts, tiles), **CLOSE)
+
+
+@pytest.mark.parametrize("keys", [1, 50, 700])
+def test_totals_of_sites(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_kernel, "KEYS", 32)
+    weight, pair = torch.rand(3, keys), torch.tensor([1, 0, 1])
+    for site in (torch.randint(-1, 6, (2, keys)).sort(1).values, torch.randint(-1, 60, (2, keys))):
+        parts = weight, site.int(), pair, 64
+        assert torch.equal(lines_kernel.site_totals(*parts), lines.site_totals_cpu(*parts))
