@@ -134,8 +134,8 @@ def plan(
     _require(rows, heads, query, key, window, density, recall)
     device = arrangement.query_order.device
     result = empty_plan(batch, query_length, key_length, query_offset, segments, spans, patterns, density, device)
-    orders = distinct_orders(rows)
-    raster = tuple(names.index(Order()) if Order() in names else None for names in orders)
+    queries, keys = (names.index(Order()) if Order() in names else None for names in distinct_orders(rows))
+    raster = queries, keys
     query_tags = _in_raster(arrangement.query_tags, arrangement.query_order, raster[0])
     key_tags = _in_raster(arrangement.key_tags, arrangement.key_order, raster[1])
     prompt = offsets, modality, query_offset
@@ -151,7 +151,7 @@ def plan(
             pairs = pairs[:1]
         cap = _cap(pattern, density)
         budget = None if cap is None or cap == 1.0 else most
-        if budget is not None and cap != density:
+        if cap is not None and cap != density:
             budget = scene.once("budget", cap, partial(_share_of, causal, cap))
         for part in parts:
             one = TilePlan(*(tensor[:, part] for tensor in result))

@@ -84,7 +84,12 @@ class Scene:
     def bounds(self, pairs: tuple[Pair, ...]) -> TileBounds:
         """The tiles of each pair of orders."""
         parts = self.window, self.segments, self.spans
-        return self.once("bounds", pairs, lambda: TileBounds.of(*self.pair_tags(pairs), *parts))
+
+        def make() -> TileBounds:
+            query_tags, key_tags = self.pair_tags(pairs)
+            return TileBounds.of(query_tags, key_tags, *parts)
+
+        return self.once("bounds", pairs, make)
 
     def raster_bounds(self) -> TileBounds:
         """The tiles of queries and keys in token order."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from mmcompile.kernels.attend import Planned
 from mmcompile.kernels.orders import slots
 from mmcompile.kernels.patterns import TILE
-from mmcompile.kernels.tags import element_mask, key_tags, query_tags
+from mmcompile.kernels.tags import TokenMask, element_mask, token_tags
 from mmcompile.passes.record_attention import SeenAttention
 
 
@@ -41,8 +41,8 @@ class Head:
         return cls(
             seen.query[batch, head].float(),
             seen.key[batch, head // (heads // kv_heads)].float(),
-            query_tags(1, query_length, seen.query_offset, of_query, span_of_query, device)[0],
-            key_tags(1, key_length, valid, of_key, span_of_key, device)[0],
+            token_tags(TokenMask(seen.query_offset, None, of_query, span_of_query), 1, query_length, device)[0],
+            token_tags(TokenMask(0, valid, of_key, span_of_key), 1, key_length, device)[0],
             seen.scale,
             seen.window,
             seen.segments is not None,
