@@ -14,7 +14,7 @@ from mmcompile.kernels.patterns import TILE
 from mmcompile.kernels.tile_bounds import tile_count
 from mmcompile.kernels.top_keys import KeyList
 
-KEYS = 8192  # keys of one step
+KEYS = 4096  # keys of one step
 ROWS = 1024  # positions that are looked up in one step
 DIGITS = 5  # of a weight's bits: the two highest are never set
 DIGIT = 6  # bits of a digit: more take more counters, fewer more walks
