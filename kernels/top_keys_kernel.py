@@ -23,13 +23,13 @@ OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 
 
 @triton.jit
-def _bits(weight, key_slots, position, inside):
-    """Slots of some keys, and their weights as integers of the same order; 0 for those without any."""
+def _bits(weight, key_slots, position, inside, MOST: tl.constexpr):
+    """Slots of some keys, and their weights as integers of the same order, at most MOST; 0 for those without any."""
     slot = position
     if key_slots is not None:
         slot = tl.load(key_slots + position, mask=inside, other=0)
     of_key = tl.load(weight + slot, mask=inside, other=0.0)
-    return slot, tl.where(of_key > 0.0, of_key.to(tl.int32, bitcast=True), 0)
+    return slot, tl.where(of_key > 0.0, tl.minimum(of_key.to(tl.int32, bitcast=True), MOST), 0)
 
 
 @triton.jit(do_not_specialize=["plans", "orders", "length", "weight_stride", "room", "last_stride", "count", "steps"])
@@ -49,6 +49,7 @@ def _list_top_keys_kernel(
     counts += row * count
 
     BINS: tl.constexpr = 1 << DIGIT
+    MOST: tl.constexpr = (1 << DIGITS * DIGIT) - 1
     bins = tl.arange(0, BINS)
     least = 0  # of the last key to list, as far as it is known
     left = tl.minimum(room, length)  # keys to list of those that match it
@@ -57,7 +58,7 @@ def _list_top_keys_kernel(
         found = tl.zeros([BINS], tl.int32)
         for start in range(0, length, KEYS):
             position = start + tl.arange(0, KEYS)
-            _slot, bits = _bits(weight, key_slots, position, position < length)
+            _slot, bits = _bits(weight, key_slots, position, position < length, MOST)
             matches = (position < length) & ((bits >> (shift + DIGIT)) == (least >> (shift + DIGIT)))
             if tl.max(matches.to(tl.int32)) > 0:  # seldom, at the last digits
                 found += tl.histogram((bits >> shift) & (BINS - 1), BINS, mask=matches)
@@ -72,7 +73,7 @@ def _list_top_keys_kernel(
     for start in range(0, length, KEYS):
         position = start + tl.arange(0, KEYS)
         inside = position < length
-        slot, bits = _bits(weight, key_slots, position, inside)
+        slot, bits = _bits(weight, key_slots, position, inside, MOST)
         more = bits > least
         match = (bits == least) & inside
         # Of each key and those before it in this step: more weight in the lower half, as much in the upper one.
