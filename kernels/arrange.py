@@ -122,8 +122,8 @@ def fill_cpu(tokens: Sorted, mask: TokenMask, order: Tensor, tags: Tensor, site:
     else:
         order.copy_(tokens.order)
     token = order.long()
-    batch, length = order.shape
-    tags.copy_(token_tags(mask, batch, length, order.device).gather(-1, token.unsqueeze(1).expand_as(tags)))
+    in_tokens = token_tags(mask, order.shape[0], order.shape[1], order.device)
+    tags.copy_(in_tokens.gather(-1, token.unsqueeze(1).expand_as(tags)))
     if tokens.site is None:
         site.fill_(NO_SITE)
     else:

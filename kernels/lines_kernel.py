@@ -9,7 +9,8 @@ from mmcompile.kernels.lines import WHOLE
 
 DISTANCES = 128  # distances of one program
 AT_ONCE = 8  # samples of one step
-OTHERS = 32  # distances that these are compared with in one step
+RANKED = 32  # distances of one program that ranks them
+OTHERS = 128  # distances that these are compared with in one step
 KEYS = 1024  # keys of one program
 # Sums and products apart, as torch has them. Named, because Triton 3.10 changes the default and 3.9 warns of it.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
@@ -36,16 +37,16 @@ def _sum_diagonals_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _rank_diagonals_kernel(held, levels, key_tiles, count, DISTANCES: tl.constexpr, OTHERS: tl.constexpr):
+def _rank_diagonals_kernel(held, levels, key_tiles, count, RANKED: tl.constexpr, OTHERS: tl.constexpr):
     """levels: int32 [N, nK + 1]. Each is compared with all: they are few."""
-    blocks = tl.cdiv(key_tiles, DISTANCES)
+    blocks = tl.cdiv(key_tiles, RANKED)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    distance = block * DISTANCES + tl.arange(0, DISTANCES)
+    distance = block * RANKED + tl.arange(0, RANKED)
     held += row * key_tiles
     levels += row * (key_tiles + 1)
     mine = tl.load(held + distance, mask=distance < key_tiles, other=0.0)
-    rank = tl.zeros([DISTANCES], tl.int32)
+    rank = tl.zeros([RANKED], tl.int32)
     for start in range(0, key_tiles, OTHERS):
         index = start + tl.arange(0, OTHERS)
         other = tl.load(held + index, mask=index < key_tiles, other=-1.0)  # less than any
@@ -61,12 +62,13 @@ def rank_diagonals(mass: Tensor, own_tiles: Tensor, count: int) -> Tensor:
     rows, samples, key_tiles = mass.shape
     held = mass.new_empty(rows, key_tiles)
     levels = torch.empty(rows, key_tiles + 1, dtype=torch.int32, device=mass.device)
-    grid = (rows * triton.cdiv(key_tiles, DISTANCES),)
     with torch.cuda.device_of(mass):
-        _sum_diagonals_kernel[grid](
+        _sum_diagonals_kernel[(rows * triton.cdiv(key_tiles, DISTANCES),)](
             mass, own_tiles, held, samples, key_tiles, own_tiles.stride(0), DISTANCES, AT_ONCE, **OPTIONS
         )
-        _rank_diagonals_kernel[grid](held, levels, key_tiles, count, DISTANCES, OTHERS, **OPTIONS | {"num_warps": 4})
+        _rank_diagonals_kernel[(rows * triton.cdiv(key_tiles, RANKED),)](
+            held, levels, key_tiles, count, RANKED, OTHERS, **OPTIONS | {"num_warps": 4}
+        )
     return levels
 
 

@@ -86,7 +86,7 @@ def modalities(
     return of_query, of_key
 
 
-@triton.jit(do_not_specialize=["count", "steps", "length"])
+@triton.jit(do_not_specialize=["count", "steps", "length", "total"])
 def _token_sites_kernel(
     offsets, modality, grid, output, count, steps, length, total,
     MODALITIES: tl.constexpr, TOKENS: tl.constexpr,

@@ -134,8 +134,8 @@ def plan(
     _require(rows, heads, query, key, window, density, recall)
     device = arrangement.query_order.device
     result = empty_plan(batch, query_length, key_length, query_offset, segments, spans, patterns, density, device)
-    queries, keys = (names.index(Order()) if Order() in names else None for names in distinct_orders(rows))
-    raster = queries, keys
+    orders = distinct_orders(rows)
+    raster = _raster(orders[0]), _raster(orders[1])
     query_tags = _in_raster(arrangement.query_tags, arrangement.query_order, raster[0])
     key_tags = _in_raster(arrangement.key_tags, arrangement.key_order, raster[1])
     prompt = offsets, modality, query_offset
@@ -329,6 +329,11 @@ def _pairs(rows: Sequence[HeadPattern], pattern: HeadPattern) -> tuple[Pair, ...
     """The pairs of orders that a pattern may take, as rows of the arrangement of all patterns of the plan."""
     queries, keys = distinct_orders(rows)
     return tuple((queries.index(query), keys.index(key)) for query, key in pattern.orders)
+
+
+def _raster(orders: tuple[Order, ...]) -> int | None:
+    """Which of them is the one in which slots are positions."""
+    return orders.index(Order()) if Order() in orders else None
 
 
 def _in_raster(tags: Tensor, orders: Tensor, raster: int | None) -> Tensor:

@@ -83,28 +83,29 @@ class Scene:
 
     def bounds(self, pairs: tuple[Pair, ...]) -> TileBounds:
         """The tiles of each pair of orders."""
-        parts = self.window, self.segments, self.spans
-
-        def make() -> TileBounds:
-            query_tags, key_tags = self.pair_tags(pairs)
-            return TileBounds.of(query_tags, key_tags, *parts)
-
-        return self.once("bounds", pairs, make)
+        return self.once("bounds", pairs, lambda: self._bounds(*self.pair_tags(pairs)))
 
     def raster_bounds(self) -> TileBounds:
         """The tiles of queries and keys in token order."""
         query, key = self.raster
         if query is not None and key is not None:
             return self.bounds(((query, key),))
-        parts = self.window, self.segments, self.spans
-        return self.once("raster bounds", None, lambda: TileBounds.of(self.query_tags, self.key_tags, *parts))
+        return self.once("raster bounds", None, lambda: self._bounds(self.query_tags, self.key_tags))
+
+    def _bounds(self, query_tags: Tensor, key_tags: Tensor) -> TileBounds:
+        return TileBounds.of(query_tags, key_tags, self.window, self.segments, self.spans)
 
     def key_slots(self) -> Tensor:
         """int32 [B, Ok, Sk], position -> slot of each key order."""
         order = self.arrangement.key_order
-        if order.shape[1] == 1 and self.raster[1] is not None:
+        if self.keys_in_raster:
             return order  # its own inverse
         return self.once("key slots", None, lambda: slots(order))
+
+    @property
+    def keys_in_raster(self) -> bool:
+        """Whether key slots are positions in every order."""
+        return self.arrangement.key_order.shape[1] == 1 and self.raster[1] is not None
 
     def key_slot(self, row: int) -> Tensor:
         """int32 [B, Sk], position -> slot of a key order."""

@@ -10,7 +10,7 @@ from mmcompile.kernels.scene import Rows, tile_slots
 from mmcompile.kernels.tags import INVALID
 from mmcompile.kernels.tile_bounds import by_tile
 from mmcompile.kernels.tile_list import Layout
-from mmcompile.kernels.top_keys import list_top_keys, reached
+from mmcompile.kernels.top_keys import list_top_keys
 
 SCORES_AT_ONCE = 2**25  # mean queries x keys
 
@@ -27,12 +27,11 @@ class Columns(NamedTuple):
     def of(cls, rows: Rows, weight: Tensor, room: int) -> "Columns":
         """The keys with the most weight, as many as there is room for, but none without. weight: float [N, Sk] in key
         slots."""
-        keys = list_top_keys(weight, rows.scene.key_slots(), rows.key_row, room)
+        key_slots = None if rows.scene.keys_in_raster else rows.scene.key_slots()
+        keys = list_top_keys(weight, key_slots, rows.key_row, room, rows.last_positions())
         if rows.scene.spans:  # later keys may be reached as well
-            counts = keys.listed.unsqueeze(-1).expand(-1, rows.scene.query_tiles)
-        else:
-            counts = reached(keys, rows.last_positions())
-        return cls(keys.slots, keys.listed, counts, keys.cold)
+            return cls(*keys)._replace(counts=keys.listed.unsqueeze(-1).expand(-1, rows.scene.query_tiles))
+        return cls(*keys)
 
     def hot_tiles(self) -> Tensor:
         """Tiles with a key that is not cold, bool [N, nK]."""

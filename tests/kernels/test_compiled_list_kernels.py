@@ -52,15 +52,13 @@ PUT, COUNT, LIST = (step._asdict() for step in (levels_kernel.PUT, tile_list_ker
 BOUNDS = {"key_tiles": tile_bounds_kernel.KEY_TILES, "warps": tile_bounds_kernel.OPTIONS["num_warps"]}
 RUNS = {"key_tiles": 0, "warps": a_shape_kernel.OPTIONS["num_warps"]}
 EVERY_RUN = {"GROUPS": MODALITIES, "WINDOW": True, "LOCAL": True, "LAST": True}
-KEYS = {"CHUNKS": top_keys_kernel.CHUNKS, "BINS": top_keys_kernel.BINS, "LISTED": top_keys_kernel.LISTED}
-KEYS |= {"KEYS": top_keys_kernel.KEYS, "BEFORE": 23, "SHIFT": 15}
-DIAGONALS = {name: getattr(lines_kernel, name) for name in ("DISTANCES", "AT_ONCE", "OTHERS")}
+KEYS = {name: getattr(top_keys_kernel, name) for name in ("DIGITS", "DIGIT", "KEYS", "ROWS")}
+DIAGONALS = {name: getattr(lines_kernel, name) for name in ("DISTANCES", "AT_ONCE", "RANKED", "OTHERS")}
 CASES: dict[str, tuple[Any, dict[str, int], dict[str, Any]]] = {
     "classes": (tile_bounds_kernel._classify_kernel, BOUNDS, MASK),
     "runs": (a_shape_kernel._runs_kernel, RUNS, EVERY_RUN | {"after": None}),
     "runs of one segment": (a_shape_kernel._runs_kernel, RUNS, EVERY_RUN),
-    "digits counted": (top_keys_kernel._count_digits_kernel, {"key_tiles": 0, "warps": 8}, KEYS),
-    "keys listed": (top_keys_kernel._list_keys_kernel, {"key_tiles": 0, "warps": 8}, KEYS),
+    "keys listed": (top_keys_kernel._list_top_keys_kernel, {"key_tiles": 0, "warps": 16}, KEYS),
     "diagonals summed": (lines_kernel._sum_diagonals_kernel, {"key_tiles": 0, "warps": 1}, DIAGONALS),
     "diagonals ranked": (lines_kernel._rank_diagonals_kernel, {"key_tiles": 0, "warps": 4}, DIAGONALS),
     "levels of mass": (levels_kernel._put_mass_kernel, PUT, {"LEVELS": MASS_LEVELS}),
