@@ -13,12 +13,14 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory"
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-@pytest.mark.parametrize("density", [None, 0.02, 0.3])
 @pytest.mark.parametrize(
-    ("kind", "tokens"), [("grid and columns", 1500), ("columns", 700), ("grid h+v+s", 1100), ("local", 130)]
+    ("kind", "tokens", "density"),
+    [("grid and columns", 1100, 0.6), ("columns", 1300, 0.6), ("grid h+v+s", 700, None), ("local", 130, 0.02)],
 )
 def test_plans_of_planted_heads(kind: str, tokens: int, density: float | None) -> None:
     calls = check_plan(kind, tokens, 3, density, "cpu")
+    if density != 0.6:  # a cap leaves no room for single keys where tiles are few
+        assert calls.pop("hot weight") == 0
     assert min(calls.values()) > 0, calls
 
 
