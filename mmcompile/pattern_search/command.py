@@ -73,8 +73,12 @@ def summary(table: Any) -> str:
 
     layers, heads = table.shape
     told = table.settings
-    spent, budget = told["ms"], told["budget ms"]
-    text = f"patterns of {layers} layers x {heads} heads, {spent:.3g} ms of attention a prefill (budget {budget:.3g})"
-    text += f"; mean error {mean_error(table):.3g}, {told['mean error of a uniform budget']:.3g} with a uniform budget"
+    spent, budget, dense = told["ms"], told["budget ms"], told["dense ms"]
+    text = f"patterns of {layers} layers x {heads} heads, {spent:.3g} ms of attention a prefill (budget {budget:.3g}, "
+    text += f"dense {dense:.3g}); mean error {mean_error(table):.3g}"
+    text += f", {told['mean error of a uniform budget']:.3g} with a uniform budget"
     unseen = mean_error(table, held_out=True)
-    return text + ("" if math.isnan(unseen) else f", {unseen:.3g} on held-out samples")
+    text += "" if math.isnan(unseen) else f", {unseen:.3g} on held-out samples"
+    if told["recall"] is None and budget > 0.9 * dense:
+        text += ". So short a prompt leaves dense attention in its budget: take more --tokens, or a smaller --density"
+    return text

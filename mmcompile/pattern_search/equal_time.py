@@ -48,6 +48,11 @@ class Costs:
     sized: tuple[Sized, ...]
     fits: Mapping[str, tuple[float, float]]
 
+    @property
+    def dense_ms(self) -> float:
+        """Of a whole layer."""
+        return next(one.ms for one in self.sized if one.candidate < 0)
+
     def at(self, level: int) -> list[Sized]:
         """Each candidate at a level, or at the nearest below that it reaches."""
         latest = {one.candidate: one for one in self.sized if one.level <= level}

@@ -147,8 +147,7 @@ class _LayerSearch:
         pairs: list[dict[tuple[int, int], HeadPattern]] = [{} for _ in start]
         now = tuple(self._joined(pattern, {}) for pattern in start)
         errors = list(self._try([now])[0].error)
-        modalities = self.attention.modalities
-        for pair in itertools.product(modalities, modalities):
+        for pair in itertools.product(self.attention.modalities, self.attention.modalities):
             trials = [
                 tuple(
                     self._joined(pattern, own | {pair: one} if runs else {})

@@ -131,6 +131,7 @@ def _choose(
         heads=tuple(tuple(findings[row]) for row in rows),
     )
     totals = {
+        "dense ms": math.fsum(of_layer.dense_ms for of_layer in costs),
         "budget ms": total,
         "ms": math.fsum(point.ms for point in chosen),
         "mean error": _mean_error(chosen),
