@@ -3,8 +3,8 @@
 import torch
 
 # Keys from which a prefill was measured to be faster sparse than dense: "auto" at its cap, on random weights, which are
-# its worst case. By `bench prefill` on an H200 (docs/figures/prefill.json), and with the portable kernel there
-# (docs/figures/prefill_auto.json), which stands for what was not measured.
+# its worst case. On an H200, with the portable kernel, which stands for what was not measured: prefill_auto.json in
+# docs/figures. With the Hopper kernel 16384 is too short (prefill_short.json), and what lies between was not measured.
 SPARSE_FROM_HOPPER = 32768
 SPARSE_FROM = 32768
 
