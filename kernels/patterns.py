@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import SymInt
 
 TILE = 128  # queries and keys of one tile
@@ -33,6 +34,7 @@ SCORES = ("sampled", "pooled", "antidiagonal")
 MODALITIES = 8  # ids 0..7: text, image, video, audio, and room
 MAX_TOKENS = 2**30  # a position minus such a length still fits int32
 MAX_STRIDE = 2**20
+LEAST_COLUMNS = 2048  # where they are a share of the keys
 
 _SHARE = 2**16  # a share of the keys is counted in these parts, exactly, of sizes that are symbols too
 _NEEDS_DATA = ("vertical_slash", "grid", "top_p", "columns")
@@ -82,7 +84,8 @@ class HeadPattern:
         "top_p": for each query tile, the key tiles with the most attention, until `mass` of it is covered. `scores`
             says how attention is estimated: "sampled" (some queries of each tile against each key), "pooled" (mean
             query against mean key, as FlexPrefill), "antidiagonal" (sums along antidiagonals, as XAttention).
-            Besides, up to `columns` single keys that stand out over all queries: a number, or a share of the keys.
+            Besides, up to `columns` single keys that stand out over all queries: a number, or a share of the keys that
+            counts where it is more than 2,048.
         "columns": for each query tile its own `columns` single keys, those with the most attention of the tile's mean
             query (as VecAttention).
         All but "dense" keep the `sink` first keys and each query's nearest key; in orders by site, the first tile of
@@ -174,7 +177,7 @@ class HeadPattern:
         """`columns` of so many keys, as a number."""
         if isinstance(self.columns, int):
             return self.columns
-        return keys * math.floor(self.columns * _SHARE) // _SHARE
+        return torch.sym_max(LEAST_COLUMNS, keys * math.floor(self.columns * _SHARE) // _SHARE)
 
     def _order(self, base: str, grouped: bool) -> Order:
         if base == "raster":

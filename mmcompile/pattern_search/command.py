@@ -61,9 +61,12 @@ def search(
         out.print("interrupted; the same command with [bold]--resume[/bold] goes on", highlight=False)
         raise typer.Exit(130) from None
     table.save(target)
-    out.print(f"wrote {target}: {summary(table)}", highlight=False)
+    # A path that is wrapped could not be copied.
+    out.print(f"wrote {target}: {summary(table)}", highlight=False, soft_wrap=True)
     out.print(
-        f'Next: [bold]mmcompile.compile(model, patterns="{target}")[/bold] before the first prefill.', highlight=False
+        f'Next: [bold]mmcompile.compile(model, patterns="{target}")[/bold] before the first prefill.',
+        highlight=False,
+        soft_wrap=True,
     )
 
 

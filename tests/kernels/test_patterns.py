@@ -252,7 +252,7 @@ def test_key_copies_stand_by_head_and_then_by_order(heads: int, kv_heads: int, o
 def test_columns_are_a_number_or_a_share_of_the_keys() -> None:
     assert HeadPattern("top_p", columns=100).most_columns(1000) == 100
     share = HeadPattern("top_p", columns=1 / 64)
-    assert [share.most_columns(keys) for keys in (63, 64, 32768, 2**20)] == [0, 1, 512, 2**14]
+    assert [share.most_columns(keys) for keys in (64, 32768, 2**17, 2**20)] == [2048, 2048, 2048, 2**14]
 
 
 @pytest.mark.parametrize(
