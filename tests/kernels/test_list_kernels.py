@@ -99,7 +99,7 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
 @given(every_kind)
 def test_arrangements(case: PlanCase) -> None:
     """The sites of tokens as well, where there are segments."""
-    arguments = case.arrange_arguments(0)
+    arguments = case.arrange_arguments()
     prompt = *(arguments[name] for name in ("offsets", "modality", "grid")), case.batch, case.query_length
     expected = arrange.arrange(**arguments)
     with by_triton():
