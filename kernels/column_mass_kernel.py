@@ -30,6 +30,7 @@ from mmcompile.kernels.tile_mass import SampledRows
 from mmcompile.kernels.tile_mass_kernel import (
     ENOUGH_PROGRAMS,
     RUN,
+    UNSPECIALIZED,
     launch_config,
     launch_shape,
     lengths,
@@ -37,23 +38,8 @@ from mmcompile.kernels.tile_mass_kernel import (
 )
 from mmcompile.kernels.unit_columns import unit_columns
 
-# Code that knows a length to be 1 or divisible by 16 gains nothing, and would be compiled once more.
-UNSPECIALIZED = [
-    "plans",
-    "query_orders",
-    "key_orders",
-    "samples",
-    "query_length",
-    "key_length",
-    "groups",
-    "run",
-    "skip_tiles",
-    "scale_log2",
-    "window",
-]
 
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "groups", "skip_tiles"])
 def _column_mass_kernel(
     query,
     key,

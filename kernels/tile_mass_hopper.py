@@ -26,7 +26,7 @@ from mmcompile.kernels.hopper_samples import BLOCK_M, GROUP, GROUPS, ROW_SLOTS, 
 from mmcompile.kernels.hopper_support import LEAST_SCALE
 from mmcompile.kernels.tags import INVALID_SPAN
 from mmcompile.kernels.tile_mass import SampledRows
-from mmcompile.kernels.tile_mass_kernel import key_bias, lengths, shared_arguments
+from mmcompile.kernels.tile_mass_kernel import UNSPECIALIZED, key_bias, lengths, shared_arguments
 
 ENOUGH_ITEMS = 8  # for each multiprocessor: with fewer, runs are shorter
 SUM_REGISTERS, OTHER_REGISTERS = gl.constexpr(104), gl.constexpr(64)
@@ -43,21 +43,7 @@ class Shape(NamedTuple):
 SHAPES = {64: Shape(4, 2), 128: Shape(4, 2), 256: Shape(2, 1)}
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "batches",
-        "plans",
-        "query_orders",
-        "key_orders",
-        "samples",
-        "query_length",
-        "key_length",
-        "run",
-        "scale_log2",
-        "window",
-        "programs",
-    ]
-)
+@gluon.jit(do_not_specialize=[*UNSPECIALIZED, "batches", "programs"])
 def _log_mass_kernel(
     query,
     key,
