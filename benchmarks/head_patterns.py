@@ -53,6 +53,7 @@ RUNS = (
     Run("columns", HeadPattern("columns", columns=1024)),
     Run("auto, 1 %", AUTO_PATTERN, density=0.01, recall=1.0),
     Run("auto, 2 %", AUTO_PATTERN, density=0.02, recall=1.0),
+    Run("auto, 2.5 %", AUTO_PATTERN, density=0.025, recall=1.0),
     Run("auto, 5 %", AUTO_PATTERN, density=0.05, recall=1.0),
     Run("auto, 10 %", AUTO_PATTERN, density=0.1, recall=1.0),
 )
@@ -198,7 +199,7 @@ def main() -> None:
         )
         measured = {"plan": planning, "attention": attention}
         figure.rows.append(table_row(run.name, planted, density, output[0, :, rows], dense, measured))
-    figure.save(arguments.out)
+        figure.save(arguments.out)
     print(f"wrote {arguments.out}; `make figures` puts its table into README.md")
     if arguments.plot:
         plot(figure.rows, arguments.plot, f"{arguments.tokens} tokens, planted video-like heads")
