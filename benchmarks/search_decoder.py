@@ -83,7 +83,7 @@ def main() -> None:
         notes=f"{HEADS} query heads, {KV_HEADS} KV heads, head dim {HEAD_DIM}, hidden size {HIDDEN}, small MLPs, batch "
         "1, a video of 256 tokens per frame in some text; a third of the heads look at their own site, at the latest "
         "keys, and at fixed keys each. The first search also compiles every kernel, and its time is that of the whole "
-        "call. Budgets: the paper's, the kernel time of an A-shape of 1024 sink and 4096 local tokens, or that of an "
+        "call. Budgets: the paper's, the time of an A-shape of 1024 sink and 4096 local tokens, or that of an "
         "A-shape of a density",
         device=arguments.device,
     )
