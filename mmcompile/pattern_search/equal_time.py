@@ -1,12 +1,11 @@
 """Candidates brought to equal measured time, planning in it, and what a head costs at the density that it got."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmcompile.bench.timing import time_call
+from mmcompile.bench.timing import time_on_device
 from mmcompile.kernels.attend import Arranged
 from mmcompile.kernels.patterns import TILE, HeadPattern
 from mmcompile.pattern_search.candidates import REFERENCE, Sizing, capped
@@ -16,6 +15,7 @@ LEVELS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the wanted time, so that heads can g
 WANTED = LEVELS.index(1.0)
 TOLERANCE = 0.03  # of a time
 _MOST_SIZES = 4  # that are measured for one candidate and level
+_REPEATS = 3
 _PLAN_RANK = ("dense", "a_shape", "tri_shape", "sf_fixed", "sf_strided", "vertical_slash", "grid", "columns", "top_p")
 
 
@@ -24,12 +24,7 @@ def attention_ms(attention: LayerAttention, arranged: Arranged) -> tuple[float, 
     density of its heads. Orders are not in it: a prefill makes them once for all layers."""
     seen = attention.seen
     planned = arranged.plan()
-    planned.attend(seen.query, seen.value)
-    begin = time.perf_counter()
-    arranged.plan().attend(seen.query, seen.value)
-    # In a model the host is layers ahead of the device, so the clock starts when all launches are made.
-    lead = 1.5 * (time.perf_counter() - begin) * 1e3
-    measured = time_call(lambda: arranged.plan().attend(seen.query, seen.value), seen.query.device.type, 3, lead=lead)
+    measured = time_on_device(lambda: arranged.plan().attend(seen.query, seen.value), seen.query.device.type, _REPEATS)
     return measured.ms, float(planned.of_heads(planned.density).mean())
 
 
