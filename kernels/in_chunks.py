@@ -27,7 +27,7 @@ class RowOutput:
     order: dimensions as they lie in memory, the outermost first.
     """
 
-    shape: tuple[int | None | tuple[int, int], ...]
+    shape: tuple[int | tuple[int, int] | None, ...]
     order: tuple[int, ...]
     row_dim: int
     dtype: torch.dtype

@@ -164,8 +164,8 @@ class CallBoundaries:
 class CompiledPrefill:
     """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls.
 
-    Where fewer keys come than `min_tokens`, the graph's short form serves, and none of this runs. Where many tokens come,
-    its long form serves.
+    Where fewer keys come than `min_tokens`, the graph's short form serves, and none of this runs. Where many tokens
+    come, its long form serves.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class CompiledPrefill:
         short: Callable[..., Any] | None = None,
         long: Callable[..., Any] | None = None,
     ) -> None:
-        """compiled: of `rewritten.module`. short, long: of the modules in `rewritten.short` and `long`, if it has them."""
+        """compiled: of `rewritten.module`. short, long: of the modules in its `short` and `long`, if it has them."""
         site = rewritten.sparse[0].site
         own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
         self._compiled, self._short, self._long = compiled, short, long

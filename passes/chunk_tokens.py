@@ -83,7 +83,7 @@ def chunk_tokens(module: fx.GraphModule, length: Size, chunk: int | None, compil
             whole.dims[item] = whole.dims[node]
             item.meta |= {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
             node.replace_all_uses_with(item, delete_user_cb=lambda user, inside=set(nodes): user not in inside)
-        places |= {node: places[nodes[0]] for node in (outputs, *items)}
+        places |= dict.fromkeys((outputs, *items), places[nodes[0]])
         for node in reversed(nodes):
             graph.erase_node(node)
             del places[node]
@@ -171,8 +171,8 @@ class _Form:
         known = all(hint(stride) is not None for stride in value.stride())
         return known and not expanded and self._shape(node) is not None
 
-    def _shape(self, node: fx.Node) -> tuple[int | None | tuple[int, int], ...] | None:
-        shape: list[int | None | tuple[int, int]] = []
+    def _shape(self, node: fx.Node) -> tuple[int | tuple[int, int] | None, ...] | None:
+        shape: list[int | tuple[int, int] | None] = []
         for dim, size in enumerate(fake_value(node).shape):
             if dim == self.rows.dims[node]:
                 shape.append(None)
@@ -206,7 +206,8 @@ class _Form:
         symbols = [self._symbols(one) for one in self.inputs]
         symbols += [self._symbols(node) for node, one in zip(self.outputs, outputs, strict=True) if one.is_written]
         # What tells two stretches apart, and nothing else: the text is part of what the inner backend's caches know.
-        said = [compiler, row_dims, outputs, symbols, [_describe(one) for one in self.inputs], *map(_call, graph.nodes)]
+        said = [compiler, _autocast(self.nodes[0]), row_dims, outputs, symbols]
+        said += [*map(_describe, self.inputs), *map(_call, graph.nodes)]
         name = sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
         run = fx.GraphModule(torch.nn.Module(), graph)
         stretch = Stretch(row_dims, outputs, self._token_bytes(), run)
@@ -273,6 +274,12 @@ class _Form:
 def _describe(node: fx.Node) -> str:
     value = tensors(node)[0]
     return f"{value.dtype} {[size_key(size) for size in value.shape]} {value.device}"
+
+
+def _autocast(node: fx.Node) -> Any:
+    """What the calls of a graph are cast to besides what stands in it."""
+    device = tensors(node)[0].device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 
 
 def _call(node: fx.Node) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mmcompile.kernels.in_chunks import CHUNKS_FROM
+from mmcompile.kernels.in_chunks import CHUNK, CHUNKS_FROM
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
 from mmcompile.passes.chunk_tokens import Chunked, chunk_tokens
@@ -71,6 +71,7 @@ class Rewritten:
     recall: float | None = None  # the option, as given to `run_passes`
     short: ShortForm | None = None
     long: LongForm | None = None
+    chunks: str = ""  # how many tokens run at a time between attentions, in words; empty where nothing is sparse
 
 
 def run_passes(
@@ -115,8 +116,9 @@ def run_passes(
     _append_outputs(copy, [node for _, plan in result.planned for node in (plan.density, plan.recall)])
     copy.graph.lint()
     copy.recompile()
-    long = None if chunk == 0 or "chunk_tokens" in disable else _long_form(copy, sparse, chunk, compiler)
-    return Rewritten(copy, records, sparse, boundaries, recall, short, long)
+    long, chunks = _long_form(copy, sparse, 0 if "chunk_tokens" in disable else chunk, compiler)
+    log.info("chunk_tokens: %s", chunks)
+    return Rewritten(copy, records, sparse, boundaries, recall, short, long, chunks)
 
 
 def _short_form(module: fx.GraphModule, decisions: Sequence[Decision]) -> ShortForm | None:
@@ -134,16 +136,23 @@ def _short_form(module: fx.GraphModule, decisions: Sequence[Decision]) -> ShortF
 
 def _long_form(
     module: fx.GraphModule, sparse: Sequence[Decision], chunk: int | None, compiler: str
-) -> LongForm | None:
+) -> tuple[LongForm | None, str]:
+    """The form, and in words what it is or why there is none."""
     length, limit = sparse[0].site.query_length, chunk or CHUNKS_FROM
     tokens = hint(length)
-    if tokens is None or (isinstance(length, int) and length <= limit):
-        return None
+    if chunk == 0:
+        return None, "all tokens at once (option chunk_tokens)"
+    if tokens is None:
+        return None, "all tokens at once: the data alone tells how many there are"
+    if isinstance(length, int) and length <= limit:
+        return None, f"all {length} tokens at once: chunks begin above {limit} (option chunk_tokens)"
     long = copy_graph(module)
     chunked = chunk_tokens(long, length, chunk, compiler)
-    log.info("chunk_tokens, above %d tokens: %s", limit, chunked.describe())
     long.recompile()
-    return LongForm(long, length, limit, tokens > limit, chunked) if chunked.kinds else None
+    if not chunked.kinds:
+        return None, f"all tokens at once: {chunked.describe()}"
+    form = LongForm(long, length, limit, tokens > limit, chunked)
+    return form, f"above {limit} tokens in chunks of {chunk or f'{CHUNK} or less'}: {chunked.describe()}"
 
 
 def _of(module: fx.GraphModule, decisions: Sequence[Decision]) -> list[Decision]:

@@ -24,15 +24,19 @@ RESHAPES = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "
 EXPANDS = ("expand", "expand_as", "broadcast_to")
 PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm")
 
-_NUMERIC = """add sub rsub mul div truediv floor_divide remainder pow neg abs sign exp exp2 expm1 log log2 log1p sqrt rsqrt
-    square reciprocal sin cos tanh sigmoid erf round floor ceil clamp clip lerp addcmul nan_to_num minimum maximum"""
+_NUMERIC = """add sub rsub mul div truediv floor_divide remainder pow neg abs sign exp exp2 expm1 log log2 log1p sqrt
+    rsqrt square reciprocal sin cos tanh sigmoid erf round floor ceil clamp clip lerp addcmul nan_to_num minimum
+    maximum"""
 _ACTIVATIONS = "silu gelu relu relu6 softplus leaky_relu elu hardswish hardsigmoid hardtanh mish logsigmoid"
 _LOGICAL = """eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor
     bitwise_not where masked_fill isnan isinf"""
 _COPIES = "to float half bfloat16 double int long bool type type_as contiguous clone detach zeros_like ones_like"
 _ELEMENTWISE = f"{_NUMERIC} {_ACTIVATIONS} {_LOGICAL} {_COPIES}".split()
-_ALONG = "softmax log_softmax cumsum cumprod flip sort argsort topk".split()  # of which only cumsum's kind keeps its rank
-_REDUCTIONS = "mean sum prod amax amin argmax argmin max min var std norm logsumexp any all".split()
+_ALONG = ("softmax", "log_softmax", "cumsum", "cumprod", "sort", "argsort", "topk")
+_REDUCTIONS = (
+    *("mean", "sum", "prod", "var", "std", "norm", "logsumexp", "any", "all"),
+    *("amax", "amin", "argmax", "argmin", "max", "min"),
+)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -205,7 +209,7 @@ def _transpose(rows: TokenRows, node: fx.Node) -> int | None:
 
 @rule("permute")
 def _permute(rows: TokenRows, node: fx.Node) -> int | None:
-    source, *order = node.args
+    source, *order = node.args or (None,)
     if len(order) == 1 and isinstance(order[0], tuple | list):
         order = list(order[0])
     if not isinstance(source, fx.Node) or len(order) != _rank(source) or not all(isinstance(one, int) for one in order):
@@ -232,7 +236,7 @@ def _getitem(rows: TokenRows, node: fx.Node) -> int | None:
             if dim == rows.dims[source]:
                 return place if (one.start, one.stop, one.step) in _WHOLE else None
             dim, place = dim + 1, place + 1
-        elif isinstance(one, int) and dim != rows.dims[source]:
+        elif type(one) is int and dim != rows.dims[source]:
             dim += 1
         else:
             return None
@@ -314,13 +318,13 @@ def _linear(rows: TokenRows, node: fx.Node) -> int | None:
 
 @rule("addmm")
 def _addmm(rows: TokenRows, node: fx.Node) -> int | None:
-    # The bias comes first.
-    return 0 if rows.with_tokens(node) == [node.args[1]] and rows.dims[node.args[1]] == 0 else None
+    source = _argument(node, 1, "mat1")  # the bias comes first
+    return 0 if rows.with_tokens(node) == [source] and rows.dims[source] == 0 else None
 
 
 @rule("matmul", "mm", "bmm")
 def _matmul(rows: TokenRows, node: fx.Node) -> int | None:
-    left, right = node.args
+    left, right = node.args if len(node.args) == 2 else (None, None)
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or min(_rank(left), _rank(right)) < 2:
         return None
     if rows.with_tokens(node) == [left] and rows.dims[left] == _rank(left) - 2:
