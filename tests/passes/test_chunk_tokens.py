@@ -168,7 +168,9 @@ def test_what_is_to_be_trained_stays_whole():
 
 @torch.no_grad()
 def test_the_op():
-    module = traced(lambda x, w: (F.linear(x, w).view(1, TOKENS, HEADS, -1).transpose(1, 2).contiguous(),), rows(), WEIGHT)
+    module = traced(
+        lambda x, w: (F.linear(x, w).view(1, TOKENS, HEADS, -1).transpose(1, 2).contiguous(),), rows(), WEIGHT
+    )
     chunked = chunk_tokens(module, TOKENS, CHUNK, "op")
     (name,) = chunked.kinds
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
