@@ -66,8 +66,8 @@ def mminference(
     is_short = short is not None and short.now
     is_long = not is_short and long is not None and long.now
     compiled = _form(sparse, rewritten.module, inputs, now=not is_short and not is_long)
-    dense = short and _form(inner, short.module, list(example_inputs), now=is_short)
-    chunked = long and _form(sparse, long.module, inputs, now=is_long)
+    dense = None if short is None else _form(inner, short.module, list(example_inputs), now=is_short)
+    chunked = None if long is None else _form(sparse, long.module, inputs, now=is_long)
     if long is not None:
         compile_stretches_later(inner, long.chunked)
     return CompiledPrefill(compiled, rewritten, dense, chunked)

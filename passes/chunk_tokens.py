@@ -71,7 +71,7 @@ def chunk_tokens(module: fx.GraphModule, length: Size, chunk: int | None, compil
     result = Chunked()
     places = {node: (*stages[node], index) for index, node in enumerate(graph.nodes) if node in stages}
     for nodes in stretches:
-        form = _Form(whole, nodes)
+        form, inside = _Form(whole, nodes), set(nodes)
         kind = form.register(compiler)
         result.kinds.setdefault(kind.name, kind)
         result.stretches += 1
@@ -82,7 +82,8 @@ def chunk_tokens(module: fx.GraphModule, length: Size, chunk: int | None, compil
         for node, item in zip(form.outputs, items, strict=True):
             whole.dims[item] = whole.dims[node]
             item.meta |= {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
-            node.replace_all_uses_with(item, delete_user_cb=lambda user, inside=set(nodes): user not in inside)
+            for user in [user for user in node.users if user not in inside]:
+                user.replace_input_with(node, item)
         places |= dict.fromkeys((outputs, *items), places[nodes[0]])
         for node in reversed(nodes):
             graph.erase_node(node)

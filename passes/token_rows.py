@@ -214,7 +214,7 @@ def _permute(rows: TokenRows, node: fx.Node) -> int | None:
         order = list(order[0])
     if not isinstance(source, fx.Node) or len(order) != _rank(source) or not all(isinstance(one, int) for one in order):
         return None
-    return [int(dim) % len(order) for dim in order].index(rows.dims[source])  # type: ignore[arg-type, call-overload]
+    return [int(dim) % len(order) for dim in order].index(rows.dims[source])  # type: ignore[arg-type]
 
 
 @rule("getitem")
