@@ -41,8 +41,11 @@ class RowOutput:
     def allocate(self, inputs: Sequence[Tensor], tokens: int) -> Tensor:
         sizes = [tokens if size is None else inputs[size[0]].shape[size[1]] if isinstance(size, tuple) else size
                  for size in self.shape]  # fmt: skip
-        laid = inputs[0].new_empty([sizes[dim] for dim in self.order], dtype=self.dtype)
-        return laid.permute([self.order.index(dim) for dim in range(len(sizes))])
+        strides, stride = [1] * len(sizes), 1
+        for dim in reversed(self.order):
+            strides[dim] = stride
+            stride *= sizes[dim]
+        return inputs[0].new_empty_strided(sizes, strides, dtype=self.dtype)
 
 
 @dataclass(eq=False)

@@ -22,7 +22,16 @@ from torch import fx
 
 import mmcompile.kernels.in_chunks  # noqa: F401  registers torch.ops.mminference.in_chunks
 from mmcompile.kernels.in_chunks import RowOutput, Stretch, register_stretch
-from mmcompile.passes.graph import Size, call, expression, fake_value, hint, output_node, same_size, size_key
+from mmcompile.passes.graph import (
+    Size,
+    expression,
+    fake_value,
+    hint,
+    output_node,
+    same_size,
+    set_fake_value,
+    size_key,
+)
 from mmcompile.passes.node_operations import operation
 from mmcompile.passes.token_rows import EXPANDS, PRODUCTS, RESHAPES, TokenRows, tensors
 
@@ -72,15 +81,18 @@ def chunk_tokens(module: fx.GraphModule, length: Size, chunk: int | None, compil
     places = {node: (*stages[node], index) for index, node in enumerate(graph.nodes) if node in stages}
     for nodes in stretches:
         form, inside = _Form(whole, nodes), set(nodes)
-        kind = form.register(compiler)
-        result.kinds.setdefault(kind.name, kind)
+        work = form.work(compiler)
+        if work.name not in result.kinds:
+            result.kinds[work.name] = form.register(work)
         result.stretches += 1
         result.products += sum(operation(node) in PRODUCTS for node in nodes)
         with graph.inserting_before(output_node(graph)):
-            outputs = call(graph, torch.ops.mminference.in_chunks.default, (form.inputs, kind.name, chunk))
-            items = [call(graph, operator.getitem, (outputs, index)) for index in range(len(form.outputs))]
+            outputs = graph.call_function(torch.ops.mminference.in_chunks.default, (form.inputs, work.name, chunk))
+            items = [graph.call_function(operator.getitem, (outputs, index)) for index in range(len(form.outputs))]
+        set_fake_value(outputs, tuple(fake_value(node) for node in form.outputs))
         for node, item in zip(form.outputs, items, strict=True):
             whole.dims[item] = whole.dims[node]
+            set_fake_value(item, fake_value(node))
             item.meta |= {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
             for user in [user for user in node.users if user not in inside]:
                 user.replace_input_with(node, item)
@@ -147,6 +159,17 @@ def _reorder(graph: fx.Graph, places: dict[fx.Node, tuple[Any, ...]]) -> None:
         after = node
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What `ChunkedStretch` and its `Stretch` are made of, but for the graph module, which takes long to make."""
+
+    name: str
+    graph: fx.Graph
+    row_dims: tuple[int | None, ...]
+    outputs: tuple[RowOutput, ...]
+    symbols: tuple[tuple[Any, ...], ...]
+
+
 class _Form:
     """A stretch as a graph of its own: what it takes, what it returns, and the graph."""
 
@@ -199,8 +222,8 @@ class _Form:
         sizes[self.rows.dims[node]] = None
         return sizes if sizes.count(-1) <= 1 else None
 
-    def register(self, compiler: str) -> ChunkedStretch:
-        """Register the stretch, or find one that is the same."""
+    def work(self, compiler: str) -> "_Work":
+        """The stretch with a name that those share which are the same."""
         outputs = tuple(self._result(node) for node in self.outputs)
         graph = self._graph(outputs)
         row_dims = tuple(self.rows.dims.get(one) for one in self.inputs)
@@ -210,9 +233,13 @@ class _Form:
         said = [compiler, _autocast(self.nodes[0]), row_dims, outputs, symbols]
         said += [*map(_describe, self.inputs), *map(_call, graph.nodes)]
         name = sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
-        run = fx.GraphModule(torch.nn.Module(), graph)
-        stretch = Stretch(row_dims, outputs, self._token_bytes(), run)
-        return ChunkedStretch(name, register_stretch(name, stretch), tuple(symbols))
+        return _Work(name, graph, row_dims, outputs, tuple(symbols))
+
+    def register(self, work: "_Work") -> ChunkedStretch:
+        """Register the stretch, or find one that is the same."""
+        run = fx.GraphModule(torch.nn.Module(), work.graph)
+        stretch = Stretch(work.row_dims, work.outputs, self._token_bytes(), run)
+        return ChunkedStretch(work.name, register_stretch(work.name, stretch), work.symbols)
 
     def _result(self, node: fx.Node) -> RowOutput:
         value, shape = fake_value(node), self._shape(node)
