@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-# Tokens of a chunk. More make no matrix product faster, and fewer leave more memory.
-CHUNK = 8192
+# Tokens of a chunk. Measured on an H200 with four layers of Qwen2.5-VL-7B's decoder at 256K tokens: 4,096 take 939 ms,
+# 8,192 918 ms, 16,384 908 ms and 9.2 GB of work, all tokens at once 940 ms and 30.8 GB.
+CHUNK = 16384
 SHORTEST_CHUNK = 1024
-CHUNKS_FROM = 4 * CHUNK  # tokens; what fewer make on the way is small beside the weights
+CHUNKS_FROM = 2 * CHUNK  # tokens; what fewer make on the way is small beside the weights
 ALIGNED = 16  # tokens, so that each chunk's rows begin where wide loads can
 
 
