@@ -80,23 +80,13 @@ def chunk_tokens(module: fx.GraphModule, length: Size, chunk: int | None, compil
     result = Chunked()
     places = {node: (*stages[node], index) for index, node in enumerate(graph.nodes) if node in stages}
     for nodes in stretches:
-        form, inside = _Form(whole, nodes), set(nodes)
+        form = _Form(whole, nodes)
         work = form.work(compiler)
         if work.name not in result.kinds:
             result.kinds[work.name] = form.register(work)
         result.stretches += 1
         result.products += sum(operation(node) in PRODUCTS for node in nodes)
-        with graph.inserting_before(output_node(graph)):
-            outputs = graph.call_function(torch.ops.mminference.in_chunks.default, (form.inputs, work.name, chunk))
-            items = [graph.call_function(operator.getitem, (outputs, index)) for index in range(len(form.outputs))]
-        set_fake_value(outputs, tuple(fake_value(node) for node in form.outputs))
-        for node, item in zip(form.outputs, items, strict=True):
-            whole.dims[item] = whole.dims[node]
-            set_fake_value(item, fake_value(node))
-            item.meta |= {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
-            for user in [user for user in node.users if user not in inside]:
-                user.replace_input_with(node, item)
-        places |= dict.fromkeys((outputs, *items), places[nodes[0]])
+        places |= dict.fromkeys(_replace(graph, form, work.name, chunk), places[nodes[0]])
         for node in reversed(nodes):
             graph.erase_node(node)
             del places[node]
@@ -105,6 +95,22 @@ def chunk_tokens(module: fx.GraphModule, length: Size, chunk: int | None, compil
         _reorder(graph, places)
         graph.lint()
     return result
+
+
+def _replace(graph: fx.Graph, form: "_Form", name: str, chunk: int | None) -> list[fx.Node]:
+    """Have a call in the place of a stretch; returns the call and its results."""
+    with graph.inserting_before(output_node(graph)):
+        outputs = graph.call_function(torch.ops.mminference.in_chunks.default, (form.inputs, name, chunk))
+        items = [graph.call_function(operator.getitem, (outputs, index)) for index in range(len(form.outputs))]
+    set_fake_value(outputs, tuple(fake_value(node) for node in form.outputs))
+    inside = set(form.nodes)
+    for node, item in zip(form.outputs, items, strict=True):
+        form.rows.dims[item] = form.rows.dims[node]
+        set_fake_value(item, fake_value(node))
+        item.meta |= {known: node.meta[known] for known in ("nn_module_stack", "stack_trace") if known in node.meta}
+        for user in [user for user in node.users if user not in inside]:
+            user.replace_input_with(node, item)
+    return [outputs, *items]
 
 
 def _find_stretches(graph: fx.Graph, length: Size) -> tuple[TokenRows, dict[fx.Node, Any], list[list[fx.Node]]]:
