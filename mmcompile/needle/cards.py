@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmcompile.needle.scenes import grain
 from mmcompile.needle.vocabulary import NUMBERS
 
 # In the order of vocabulary.COLOURS.
@@ -53,39 +54,37 @@ def cards(
     rng: np.random.Generator,
     device: torch.device | str,
 ) -> Tensor:
-    """Draw cards, uint8 `[cards, height, width, 3]`, each with its own place, size, shade and grain.
+    """Draw cards, uint8 `[cards, height, width, 3]`, each with its own place, size, shade and grain, on `device`.
 
     colours, shapes, numbers: int64 `[cards]`, places in `COLOURS`, `SHAPES` and `NUMBERS`.
     """
     count = len(colours)
-    centre = rng.uniform(-0.05, 0.05, size=(2, count, 1))  # from the middle, in sides
-    x = (np.arange(width) + 0.5) / width - 0.5 - centre[0]  # [cards, width]
-    y = (np.arange(height) + 0.5) / height - 0.5 - centre[1]
-    inside = _shape_mask(shapes, x[:, None], y[:, :, None], rng.uniform(0.42, 0.48, size=(count, 1, 1)))
-    pixel = rng.uniform(0.048, 0.056, size=(count, 1))  # of a glyph, in sides
-    column = np.floor(x / pixel + COLUMNS / 2).astype(np.int64)
-    row = np.floor(y / pixel + ROWS / 2).astype(np.int64)
-    seen = ((column >= 0) & (column < COLUMNS))[:, None] & ((row >= 0) & (row < ROWS))[:, :, None]
-    ink = BITMAPS[
-        numbers[:, None, None], row.clip(0, ROWS - 1)[:, :, None], column.clip(0, COLUMNS - 1)[:, None]
-    ]  # [cards, height, width]
-    paper = rng.uniform(60, 200, size=(count, 1, 1, 1))
-    paint = PAINTS[colours][:, None, None] * rng.uniform(0.9, 1.05, size=(count, 1, 1, 1))
-    drawn = np.where(inside[..., None], paint, paper)
-    drawn = np.where((ink & seen)[..., None], INK, drawn)
-    drawn = drawn + rng.integers(-12, 13, size=(count, height, width, 1))
-    return torch.as_tensor(drawn.clip(0, 255).astype(np.uint8), device=device)
+    centre, radius, pixel, paper, shade = (
+        torch.as_tensor(rng.uniform(low, high, size=(count, size)), dtype=torch.float32, device=device)
+        for low, high, size in ((-0.05, 0.05, 2), (0.42, 0.48, 1), (0.048, 0.056, 1), (60, 200, 1), (0.9, 1.05, 1))
+    )  # lengths in sides of the frame; a pixel is a glyph's
+    colour, shape, number = (torch.as_tensor(one, device=device) for one in (colours, shapes, numbers))
+    x = (torch.arange(width, device=device) + 0.5) / width - 0.5 - centre[:, :1]  # [cards, width]
+    y = (torch.arange(height, device=device) + 0.5) / height - 0.5 - centre[:, 1:]
+    inside = _distance(shape, x[:, None], y[:, :, None]) < radius[:, :, None]
+    column, row = (x / pixel + COLUMNS / 2).floor().long(), (y / pixel + ROWS / 2).floor().long()
+    written = ((column >= 0) & (column < COLUMNS))[:, None] & ((row >= 0) & (row < ROWS))[:, :, None]
+    written &= torch.as_tensor(BITMAPS, device=device)[
+        number[:, None, None], row.clamp(0, ROWS - 1)[:, :, None], column.clamp(0, COLUMNS - 1)[:, None]
+    ]
+    paint = torch.as_tensor(PAINTS, device=device)[colour] * shade  # [cards, 3]
+    drawn = torch.where(inside[..., None], paint[:, None, None], paper[:, None, None])
+    drawn = torch.where(written[..., None], INK, drawn) + 12 * grain(count, height, width, rng, device)[..., None]
+    return drawn.clamp_(0, 255).to(torch.uint8)
 
 
-def _shape_mask(
-    shapes: NDArray[np.int64], x: NDArray[np.float64], y: NDArray[np.float64], radius: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """The pixels of a circle, square, diamond or hexagon around 0, bool `[cards, height, width]`."""
-    across, down = np.abs(x), np.abs(y)
+def _distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """How far pixels lie from the middle of a circle, square, diamond or hexagon, `[cards, height, width]`."""
+    across, down = torch.broadcast_tensors(x.abs(), y.abs())
     distances = (
-        np.hypot(across, down),
-        np.maximum(across, down) * 1.1,
+        torch.hypot(across, down),
+        torch.maximum(across, down) * 1.1,
         (across + down) * 0.85,
-        np.maximum(down, across * 0.87 + down * 0.5),
+        torch.maximum(down, across * 0.87 + down * 0.5),
     )
-    return np.choose(shapes[:, None, None], [distance < radius for distance in np.broadcast_arrays(*distances)])
+    return torch.stack(distances)[shape, torch.arange(len(shape), device=shape.device)]

@@ -14,6 +14,7 @@ SHOT_FRAMES = (8, 48)  # shortest and longest shot
 GRATINGS, SPOTS, BOXES = 3, 4, 3
 CHUNK = 512  # frames rendered at a time
 CONTRAST, GRAIN = 0.5, 0.15
+GRAIN_CROPS = 256  # places along each side that a crop of the field of grain may begin at
 
 
 def scenes(frames: int, height: int, width: int, rng: np.random.Generator, device: torch.device | str) -> Tensor:
@@ -32,7 +33,7 @@ def scenes(frames: int, height: int, width: int, rng: np.random.Generator, devic
         name: torch.as_tensor(value, dtype=torch.float32, device=device)
         for name, value in (("colours", colours), ("base", base), ("time", time), *vars(motion).items())
     }
-    grain = torch.as_tensor(rng.integers(-128, 128, (shots, height, width), dtype=np.int8), device=device)
+    shot_grain = grain(shots, height, width, rng, device) * GRAIN
     shot_index = torch.as_tensor(shot, device=device)
     out = torch.empty(frames, height, width, 3, dtype=torch.uint8, device=device)
     for start in range(0, frames, CHUNK):
@@ -42,9 +43,18 @@ def scenes(frames: int, height: int, width: int, rng: np.random.Generator, devic
         painted = on_device["colours"][index][:, :, None] * down.transpose(1, 2)[:, None]  # [F, 3, H, terms]
         light = torch.bmm(painted.flatten(1, 2), across).unflatten(1, (3, height))  # [F, 3, H, W]
         light += on_device["base"][index][:, :, None, None]
-        light += grain[index][:, None] * (GRAIN / 128)
+        light += shot_grain[index][:, None]
         out[start : start + CHUNK] = light.tanh_().mul_(110).add_(128).to(torch.uint8).permute(0, 2, 3, 1)
     return out
+
+
+def grain(count: int, height: int, width: int, rng: np.random.Generator, device: torch.device | str) -> Tensor:
+    """Noise between -1 and 1, float32 `[count, height, width]`: crops of one field, which is cheap to fill."""
+    field = rng.integers(-128, 128, (height + GRAIN_CROPS, width + GRAIN_CROPS), dtype=np.int8)
+    corners = rng.integers(GRAIN_CROPS, size=(2, count))
+    crops = torch.as_tensor(field, device=device).unfold(0, height, 1).unfold(1, width, 1)
+    y, x = torch.as_tensor(corners, device=device)
+    return crops[y, x] / 128
 
 
 class _Motion:
