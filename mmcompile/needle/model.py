@@ -36,7 +36,7 @@ def needle_config() -> Qwen2_5_VLConfig:
             "tie_word_embeddings": True,
         },
         vision_config={
-            "depth": 3,
+            "depth": 4,
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_heads": 4,
@@ -44,7 +44,7 @@ def needle_config() -> Qwen2_5_VLConfig:
             "window_size": PATCH * FRAME_ROWS,  # four windows a frame
             "tokens_per_second": 1,
             "out_hidden_size": hidden,
-            "fullatt_block_indexes": [1, 2],
+            "fullatt_block_indexes": [1, 3],
             "initializer_range": 0.03,
         },
         image_token_id=SPECIAL.index(IMAGE),
