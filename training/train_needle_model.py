@@ -39,7 +39,7 @@ from mmcompile.needle.vocabulary import COLOURS, NUMBERS, WORD_NUMBER, word_toke
 from mmcompile.vision_attention import pack_vision_attention
 
 DEPTHS = [depth / 10 for depth in range(11)]
-MIXED_FROM = 448  # tokens: shorter prompts have no room for text
+MIXED_FROM = 352  # tokens: shorter prompts have no room for text
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.20, (96, 136, 208), 16384, 4, True),
-    Phase(0.45, (208, 320, 512, 768), 24576, 8, True),
-    Phase(0.60, (320, 512, 1024, 2048, 4096), 32768, 8, True),
+    Phase(0.20, (96, 136, 208, 352), 16384, 4, True),
+    Phase(0.45, (208, 352, 512, 768), 24576, 8, True),
+    Phase(0.60, (352, 512, 1024, 2048, 4096), 32768, 8, True),
     Phase(0.75, (512, 2048, 4096, 8192, 16384), 65536, 8, True),
     Phase(1.00, (1024, 4096, 8192, 16384, 32768, 65536), 131072, 8, False),
 )
@@ -117,7 +117,7 @@ def training_prompts(phase: Phase, step: int, seed: int) -> list[dict[str, Any]]
             "tokens": tokens,
             "depth": float(rng.random()),
             "needles": needles,
-            "questions": min(needles, 8 if tokens >= 1024 else 4 if tokens >= 256 else 2 if tokens >= 128 else 1),
+            "questions": min(needles, 8 if tokens >= 1024 else 4 if tokens >= 512 else 2 if tokens >= 128 else 1),
             "seed": (seed, step, row),
         }
         for row in range(max(1, phase.step_tokens // tokens))
@@ -275,9 +275,8 @@ class Log:
             | {"by_depth": [round(one, 4) for one in by_depth]}
         )
         depths = " ".join(f"{one:.2f}" for one in by_depth)
-        self.console.print(
-            f"{task:6} {tokens:7} tokens: recall {mean:.4f} ({samples} a depth: {depths})", highlight=False
-        )
+        text = f"{task:6} {tokens:7} tokens: recall {mean:.4f} ({samples} a depth: {depths})"
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def write(self, path: Path) -> None:
         found = {"settings": self.settings, "recall": self.recall, "curve": self.curve}
@@ -361,7 +360,7 @@ def train(
                     log.add_recall(
                         spent, task, phase.lengths[-1], 4, recall(reader, batches, task, phase.lengths[-1], 4)
                     )
-    console.print(f"{step} steps in {spent:.0f} s; {log.last()}", highlight=False)
+    console.print(f"{step} steps in {spent:.0f} s; {log.last()}", highlight=False, soft_wrap=True)
     model.set_attn_implementation("sdpa")
     save(model, tokenizer, out)
     log.write(out / "training.json")
