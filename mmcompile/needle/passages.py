@@ -72,5 +72,8 @@ def fact(colour: int, number: int) -> Ids:
 
 
 def question(colour: int) -> Ids:
-    """What is asked at the end; the next word is the number."""
-    return numbered(f"what number is on the {COLOURS[colour]} card ? answer :")
+    """What is asked at the end; the next word is the number.
+
+    It ends with the colour, so that the token that answers also knows what to look for: learned in one step, not two.
+    """
+    return numbered(f"what number is on the {COLOURS[colour]} card ? answer : {COLOURS[colour]}")
