@@ -2,10 +2,10 @@
 
     python -m mmcompile.needle.training --out examples/needle_model --minutes 5
 
-Prompts grow from two frames to 64K tokens, half of them with a quarter of text. Several questions follow each prompt,
-and the loss is on their answers; while prompts are short, the vision tower also learns to name what a card shows.
-A phase ends when answers are right, or on the clock, so that the seed fixes the first weights and the order of the
-data, and the number of steps depends on the machine. Written to the folder: model, tokenizer, preprocessing, and
+The vision tower first learns to name what frames show, number and colour of a card or nothing. Then prompts grow from
+two frames to 64K tokens, half of them with a quarter of text; several questions follow each, and the loss is on their
+answers. A phase ends when answers are right, or on the clock, so that the seed fixes the first weights and the order of
+the data, and the number of steps depends on the machine. Written to the folder: model, tokenizer, preprocessing, and
 `training.json`, the loss and the recall on the way.
 """
 
@@ -19,7 +19,11 @@ from mmcompile.needle.training.train import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m mmcompile.needle.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its log")
     parser.add_argument("--minutes", type=float, default=5, help="of training")
     parser.add_argument("--seed", type=int, default=0)

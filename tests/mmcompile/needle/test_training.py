@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -11,6 +12,7 @@ from mmcompile.huggingface import load_model
 from mmcompile.needle.layout import Layout
 from mmcompile.needle.model import needle_config
 from mmcompile.needle.training.batches import make_batch
+from mmcompile.needle.training.curve import main
 from mmcompile.needle.training.master_weights import MasterWeights
 from mmcompile.needle.training.schedule import PEAK_RATE, PHASES, learning_rate, phases_within, training_prompts
 from mmcompile.needle.training.train import train
@@ -64,3 +66,17 @@ def test_a_short_training_writes_a_model(tmp_path):
     assert model.dtype == torch.bfloat16
     assert model.config.model_type == "qwen2_5_vl"
     assert len(AutoTokenizer.from_pretrained(tmp_path)) <= model.config.text_config.vocab_size
+
+
+def test_the_curve_is_drawn_from_the_log(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    curve = [
+        {"seconds": 10.0 * step, "step": step, "longest": 96 * step, "loss": 1 / step, "naming": 2 / step, "right": 0.5}
+        for step in (1, 2, 3)
+    ]
+    recall = [{"seconds": 30.0, "task": task, "tokens": 4096, "recall": 0.99} for task in ("video", "mixed")]
+    log = tmp_path / "training.json"
+    log.write_text(json.dumps({"curve": curve, "recall": recall}))
+    monkeypatch.setattr("sys.argv", ["curve", str(log)])
+    main()
+    assert log.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
