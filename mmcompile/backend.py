@@ -18,6 +18,7 @@ from mmcompile.errors import UnsupportedSitesError
 from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
+from mmcompile.passes.graph import fake_value
 from mmcompile.passes.pipeline import describe_graph, run_passes
 from mmcompile.prefill import CompiledPrefill, dense_prefill, is_prefilling, tells_boundaries
 from mmcompile.report import describe_records
@@ -55,15 +56,15 @@ def mminference(
         compiled = inner(rewritten.module, list(example_inputs))
         is_prefill = any(record.phase == "prefill" for record in rewritten.records)
         return dense_prefill(compiled, module, rewritten.records) if is_prefill else compiled
-    inputs = [*example_inputs, *rewritten.boundaries.examples]
-    sparse, short = partial(_compile_sparse, inner), rewritten.short
+    inputs = [*example_inputs, *map(fake_value, rewritten.added)]
+    sparse, short, bound = partial(_compile_sparse, inner), rewritten.short, parsed.check_bound
     if short is None:
-        return CompiledPrefill(sparse(rewritten.module, inputs), rewritten)
+        return CompiledPrefill(sparse(rewritten.module, inputs), rewritten, None, bound)
     # Whoever runs short prompts alone, or long ones, waits for one compilation.
     if short.now:
         dense = inner(short.module, list(example_inputs))
-        return CompiledPrefill(CompiledLater(sparse, rewritten.module), rewritten, dense)
-    return CompiledPrefill(sparse(rewritten.module, inputs), rewritten, CompiledLater(inner, short.module))
+        return CompiledPrefill(CompiledLater(sparse, rewritten.module), rewritten, dense, bound)
+    return CompiledPrefill(sparse(rewritten.module, inputs), rewritten, CompiledLater(inner, short.module), bound)
 
 
 def _compile_sparse(inner: CompiledFunction, module: fx.GraphModule, inputs: list[Any]) -> CompiledFunction:

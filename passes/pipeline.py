@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mmcompile.kernels.patterns import HeadPattern
-from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
+from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries, add_seed
 from mmcompile.passes.decide import (
     CAUSAL_PREFILL,
     Decision,
@@ -23,7 +23,7 @@ from mmcompile.passes.dense_attention import dense_attention
 from mmcompile.passes.find_attention import find_attention, find_unread
 from mmcompile.passes.fold_permutations import fold_permutations
 from mmcompile.passes.graph import copy_graph, fake_value, hint, output_node
-from mmcompile.passes.rewrite_attention import Budget, rewrite_attention
+from mmcompile.passes.rewrite_attention import Budget, Check, rewrite_attention
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class Rewritten:
     `module` is the caller's own module, untouched, where no attention is a causal prefill's. Where nothing became
     sparse it is one with the same inputs and outputs. Otherwise it is a copy with three more inputs (`boundaries`), and
     with two more outputs a rewritten site: the site's realised density and its estimated recall, [B, P] each, in the
-    order of `sparse`. `short` serves in its place when few keys come; None where the number of keys is known, or
+    order of `sparse`. With a check, its `seed` is the last input, and each site's outputs are two more: error and true
+    recall, [H] each. `short` serves in its place when few keys come; None where the number of keys is known, or
     none is too small.
     """
 
@@ -56,6 +57,13 @@ class Rewritten:
     boundaries: BoundaryInputs | None
     recall: float | None = None  # the option, as given to `run_passes`
     short: ShortForm | None = None
+    check: Check | None = None
+
+    @property
+    def added(self) -> tuple[fx.Node, ...]:
+        """The inputs that the graph has besides its own, in order."""
+        boundaries = () if self.boundaries is None else self.boundaries.nodes
+        return boundaries if self.check is None else (*boundaries, self.check.seed)
 
 
 def run_passes(
@@ -67,9 +75,11 @@ def run_passes(
     min_tokens: int | None = 0,
     disable: Sequence[str] = (),
     search_strides: bool = True,
+    check: float | None = None,
 ) -> Rewritten:
     """Find, decide, make short prefills dense, add boundaries, rewrite, fold. `module` itself is never edited.
 
+    check: share of the query tiles to compare with dense attention; None leaves nothing of it in the graph.
     search_strides: look for the frames of video tokens without a known grid in each layer's own queries and keys.
     """
     # The copy comes first: reading decisions off the graph that will be edited keeps one set of nodes.
@@ -86,17 +96,19 @@ def run_passes(
         return Rewritten(copy if made_dense else module, records, (), None)
 
     sparse = tuple(decision for decision in _of(copy, decisions) if decision.record.sparse)
-    boundaries = add_boundaries(copy, fake_value(sparse[0].site.query).device)
-    result = rewrite_attention(copy, sparse, boundaries, Budget(density, recall, search_strides))
+    device = fake_value(sparse[0].site.query).device
+    boundaries = add_boundaries(copy, device)
+    checked = None if check is None else Check(check, add_seed(copy, device))
+    result = rewrite_attention(copy, sparse, boundaries, Budget(density, recall, search_strides), checked)
     log.info(
         "rewrite_attention: %d sites on %d plans and %d arrangements", len(sparse), result.plans, result.arrangements
     )
     if "fold_permutations" not in disable:
         log.info("fold_permutations: %d attentions take tokens in their order", fold_permutations(copy))
-    _append_outputs(copy, [node for _, plan in result.planned for node in (plan.density, plan.recall)])
+    _append_outputs(copy, [node for of_site in result.figures for node in of_site])
     copy.graph.lint()
     copy.recompile()
-    return Rewritten(copy, records, sparse, boundaries, recall, short)
+    return Rewritten(copy, records, sparse, boundaries, recall, short, checked)
 
 
 def _short_form(module: fx.GraphModule, decisions: Sequence[Decision]) -> ShortForm | None:
