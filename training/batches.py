@@ -1,0 +1,61 @@
+"""Batches of prompts, laid out ahead in other processes."""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from schedule import Phase, training_prompts
+
+from mmcompile.needle.haystack import Haystack, plan
+from mmcompile.needle.layout import Layout
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one length. ids: `[B, S]`. positions: `[3, B, S]`. questions: `[n, 3]`: row, position, answer."""
+
+    haystacks: list[Haystack]
+    ids: np.ndarray
+    positions: np.ndarray
+    questions: np.ndarray
+
+
+def make_batch(layout: Layout, prompts: list[dict[str, Any]]) -> Batch:
+    """Lay out prompts of one length; each is the arguments of `plan`, with a seed in the place of `rng`."""
+    found = []
+    for arguments in prompts:
+        rng = np.random.default_rng(arguments.pop("seed"))
+        found.append(plan(**arguments, rng=rng, layout=layout))
+    positions = [layout.positions(one.types, one.clips) for one in found]
+    questions = [(row, *pair) for row, one in enumerate(found) for pair in one.questions.tolist()]
+    return Batch(found, np.stack([one.ids for one in found]), np.stack(positions, axis=1), np.array(questions))
+
+
+class Batches:
+    """Batches made ahead in other processes."""
+
+    def __init__(self, layout: Layout, workers: int, seed: int) -> None:
+        self.layout, self.seed, self.step = layout, seed, 0
+        self.pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+        self.ahead: deque[Future[Batch]] = deque()
+        self.most = 2 * workers
+
+    def prepare(self, phase: Phase) -> None:
+        """Order batches of `phase`, to be had after those already ordered."""
+        while len(self.ahead) < self.most:
+            prompts = training_prompts(phase, self.step, self.seed)
+            self.ahead.append(self.pool.submit(make_batch, self.layout, prompts))
+            self.step += 1
+
+    def next(self, phase: Phase) -> Batch:
+        """The batch ordered first."""
+        self.prepare(phase)
+        return self.ahead.popleft().result()
+
+    def ask(self, prompts: list[list[dict[str, Any]]]) -> Iterator[Batch]:
+        """Batches of the caller's own prompts."""
+        yield from self.pool.map(make_batch, [self.layout] * len(prompts), prompts)

@@ -1,0 +1,155 @@
+"""Train the model of `python -m mmcompile needle` from nothing, in minutes on one GPU.
+
+    python training/train_needle_model.py --out examples/needle_model --minutes 5
+
+Prompts grow from two frames to 64K tokens, half of them with a quarter of text. Several questions follow each prompt,
+and the loss is on their answers; while prompts are short, the vision tower also learns to name what a card shows.
+A phase ends when answers are right, or on the clock, so that the seed fixes the first weights and the order of the
+data, and the number of steps depends on the machine. Written to the folder: model, tokenizer, preprocessing, and
+`training.json`, the loss and the recall on the way.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from batches import Batches
+from log import Log
+from master_weights import MasterWeights
+from reader import Reader
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from schedule import MIXED_FROM, learning_rate, phases_within
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mmcompile.needle.haystack import TASKS
+from mmcompile.needle.layout import Layout
+from mmcompile.needle.model import needle_config, preprocessing
+from mmcompile.needle.vocabulary import word_tokenizer
+from mmcompile.vision_attention import pack_vision_attention
+
+DEPTHS = [depth / 10 for depth in range(11)]
+NAMING = 0.5  # weight of the loss on what a card shows
+
+
+@torch.no_grad()
+def recall(reader: Reader, batches: Batches, task: str, tokens: int, samples: int) -> list[float]:
+    """The share of single questions answered right at each of 11 depths, over `samples` prompts a depth."""
+    rows = max(1, 131072 // tokens)
+    prompts = [
+        {"task": task, "tokens": tokens, "depth": depth, "seed": (batches.seed, 10**9, tokens, place, number)}
+        for place, depth in enumerate(DEPTHS)
+        for number in range(samples)
+    ]
+    right: list[Tensor] = []
+    for batch in batches.ask([prompts[start : start + rows] for start in range(0, len(prompts), rows)]):
+        logits, answer, _ = reader.answers(batch, see=False)
+        right.append(logits.argmax(-1) == answer)
+    return torch.cat(right).float().view(len(DEPTHS), samples).mean(1).tolist()
+
+
+def train(
+    out: Path,
+    *,
+    minutes: float,
+    seed: int,
+    device: str,
+    workers: int,
+    longest: int,
+    step_tokens: int,
+    samples: int,
+    evaluate: list[int],
+) -> Log:
+    """Train, measure recall on the way and at the end, and write the model and its log to `out`.
+
+    Args:
+        minutes: of training; reading and writing, and measuring recall, come on top of it.
+        seed: of the weights and the data.
+        device: "cuda" or "cpu"; weights are bfloat16 on a GPU, float32 elsewhere.
+        workers: processes that lay prompts out.
+        longest: prompt, in tokens, to train on.
+        step_tokens: the most in a step, but for prompts that are longer.
+        samples: a depth, of the measurement at the end.
+        evaluate: lengths to measure there.
+    """
+    config, tokenizer = needle_config(), word_tokenizer()
+    layout, phases = Layout.of(config, tokenizer), phases_within(longest, step_tokens)
+    batches = Batches(layout, workers, seed)
+    batches.prepare(phases[0])  # before CUDA begins: its processes are forked
+    torch.manual_seed(seed)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = Qwen2_5_VLForConditionalGeneration(config).to(device, dtype)
+    pack_vision_attention(model)
+    reader, weights = Reader(model, layout, seed), MasterWeights(model)
+    console = Console()
+    log = Log({"minutes": minutes, "seed": seed, "longest": longest, "parameters": model.num_parameters()}, console)
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    step, spent = 0, 0.0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        row = bar.add_task("", total=1.0)
+        while (progress := spent / (60 * minutes)) < 1:
+            begin = time.perf_counter()
+            phase = phases[0]
+            logits, answer, naming = reader.answers(batches.next(phase), see=phase.see)
+            loss = F.cross_entropy(logits, answer)
+            (loss + NAMING * naming).backward()
+            done = weights.step(learning_rate(progress))
+            step += 1
+            spent += time.perf_counter() - begin
+            measured = (loss, naming, (logits.argmax(-1) == answer).float().mean())
+            bar.update(row, completed=progress, description=log.add(step, spent, phase.lengths[-1], measured, done))
+            if len(phases) > 1 and (progress >= phase.until or log.learned(step)):
+                phases.pop(0)
+                for task in TASKS[: 2 if phase.lengths[-1] >= MIXED_FROM else 1]:
+                    log.add_recall(
+                        spent, task, phase.lengths[-1], 4, recall(reader, batches, task, phase.lengths[-1], 4)
+                    )
+    console.print(f"{step} steps in {spent:.0f} s; {log.last()}", highlight=False, soft_wrap=True)
+    model.set_attn_implementation("sdpa")
+    save(model, tokenizer, out)
+    log.write(out / "training.json")
+    pack_vision_attention(model)
+    for tokens, task in itertools.product(evaluate, TASKS):
+        log.add_recall(spent, task, tokens, samples, recall(reader, batches, task, tokens, samples))
+        log.write(out / "training.json")
+    return log
+
+
+def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Any, out: Path) -> None:
+    """Write the model in bfloat16 with all that it travels with."""
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessing(), indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its log")
+    parser.add_argument("--minutes", type=float, default=5, help="of training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
+    parser.add_argument("--longest", type=int, default=65536, help="prompt to train on, in tokens")
+    parser.add_argument("--step-tokens", type=int, default=131072, help="the most in a step; few for a try on a CPU")
+    parser.add_argument("--samples", type=int, default=8, help="a depth, of the measurement at the end")
+    parser.add_argument("--evaluate", default="1024,4096,8192,16384,32768,65536", help="lengths to measure at the end")
+    given = vars(parser.parse_args())
+    given["evaluate"] = [int(tokens) for tokens in given["evaluate"].split(",") if tokens]
+    train(given.pop("out"), **given)
+
+
+if __name__ == "__main__":
+    main()
