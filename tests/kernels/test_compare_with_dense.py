@@ -48,7 +48,7 @@ def test_error_and_recall_are_those_of_float64(first, poisoned_memory):
 
 def test_long_keys_come_in_parts(monkeypatch):
     monkeypatch.setattr(comparing, "KEYS_AT_ONCE", TILE)
-    monkeypatch.setattr(comparing, "SCORES_AT_ONCE", 3 * TILE * TILE)
+    monkeypatch.setattr(comparing, "ELEMENTS_AT_ONCE", 3 * TILE * TILE)
     for seed in range(0, 60, 6):
         check_comparison(seed)
 
