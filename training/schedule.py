@@ -14,8 +14,9 @@ MIXED_FROM = 352  # tokens: shorter prompts have no room for text
 class Phase:
     """A part of the training, over once answers are right, at `until` of the time at the latest.
 
-    lengths: of prompts, in tokens; a step takes any of them alike. step_tokens: of a step, at least one prompt.
-    needles: the most in a prompt. see: whether the vision tower is trained.
+    lengths: of prompts, in tokens; a step takes any of them alike. Without any, the vision tower learns to name what
+    frames show. step_tokens: of a step, at least one prompt. needles: the most in a prompt. see: whether the vision
+    tower is trained.
     """
 
     until: float
@@ -26,13 +27,14 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.20, (96, 136, 208, 352), 16384, 4, True),
-    Phase(0.45, (208, 352, 512, 768), 24576, 8, True),
-    Phase(0.60, (352, 512, 1024, 2048, 4096), 32768, 8, True),
-    Phase(0.75, (512, 2048, 4096, 8192, 16384), 65536, 8, True),
+    Phase(0.30, (), 24576, 0, True),
+    Phase(0.45, (96, 136, 208, 352), 16384, 4, True),
+    Phase(0.60, (208, 352, 512, 768), 24576, 8, True),
+    Phase(0.70, (352, 512, 1024, 2048, 4096), 32768, 8, True),
+    Phase(0.80, (512, 2048, 4096, 8192, 16384), 65536, 8, False),
     Phase(1.00, (1024, 4096, 8192, 16384, 32768, 65536), 131072, 8, False),
 )
-RIGHT = 0.97  # share of answers that ends a phase before its time
+RIGHT = 0.98  # share of answers that ends a phase before its time
 PEAK_RATE, WARM_UP, DECAY_FROM = 1.5e-3, 0.02, 0.5  # fractions of the time
 
 
@@ -40,7 +42,8 @@ def phases_within(longest: int, step_tokens: int) -> list[Phase]:
     """The phases, without prompts of more than `longest` tokens, in steps of no more than `step_tokens`."""
     phases = []
     for phase in PHASES:
-        lengths = tuple(length for length in phase.lengths if length <= longest) or (longest,)
+        lengths = tuple(length for length in phase.lengths if length <= longest)
+        lengths = lengths or (phase.lengths and (longest,))
         phases.append(replace(phase, lengths=lengths, step_tokens=min(step_tokens, phase.step_tokens)))
     return phases
 

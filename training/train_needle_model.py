@@ -25,7 +25,7 @@ from master_weights import MasterWeights
 from reader import Reader
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from schedule import MIXED_FROM, learning_rate, phases_within
+from schedule import MIXED_FROM, Phase, learning_rate, phases_within
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -83,7 +83,7 @@ def train(
     config, tokenizer = needle_config(), word_tokenizer()
     layout, phases = Layout.of(config, tokenizer), phases_within(longest, step_tokens)
     batches = Batches(layout, workers, seed)
-    batches.prepare(phases[0])  # before CUDA begins: its processes are forked
+    batches.prepare(next(phase for phase in phases if phase.lengths))  # before CUDA begins: processes are forked
     torch.manual_seed(seed)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = Qwen2_5_VLForConditionalGeneration(config).to(device, dtype)
@@ -103,20 +103,22 @@ def train(
         while (progress := spent / (60 * minutes)) < 1:
             begin = time.perf_counter()
             phase = phases[0]
-            logits, answer, naming = reader.answers(batches.next(phase), see=phase.see)
-            loss = F.cross_entropy(logits, answer)
+            loss, naming, right = _losses(reader, batches, phase)
             (loss + NAMING * naming).backward()
             done = weights.step(learning_rate(progress))
             step += 1
             spent += time.perf_counter() - begin
-            measured = (loss, naming, (logits.argmax(-1) == answer).float().mean())
-            bar.update(row, completed=progress, description=log.add(step, spent, phase.lengths[-1], measured, done))
+            longest_now = max(phase.lengths, default=0)
+            text = log.add(step, spent, longest_now, (loss, naming, right), done)
+            bar.update(row, completed=progress, description=text)
             if len(phases) > 1 and (progress >= phase.until or log.learned(step)):
                 phases.pop(0)
-                for task in TASKS[: 2 if phase.lengths[-1] >= MIXED_FROM else 1]:
-                    log.add_recall(
-                        spent, task, phase.lengths[-1], 4, recall(reader, batches, task, phase.lengths[-1], 4)
-                    )
+                console.print(f"{spent:.1f} s, waited {batches.waited:.1f} s for batches; {text}", soft_wrap=True)
+                if phase.lengths:
+                    batches.drop()
+                    batches.prepare(phases[0])
+                for task in TASKS[: (longest_now > 0) + (longest_now >= MIXED_FROM)]:
+                    log.add_recall(spent, task, longest_now, 4, recall(reader, batches, task, longest_now, 4))
     console.print(f"{step} steps in {spent:.0f} s; {log.last()}", highlight=False, soft_wrap=True)
     model.set_attn_implementation("sdpa")
     save(model, tokenizer, out)
@@ -126,6 +128,15 @@ def train(
         log.add_recall(spent, task, tokens, samples, recall(reader, batches, task, tokens, samples))
         log.write(out / "training.json")
     return log
+
+
+def _losses(reader: Reader, batches: Batches, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of a step, on answers and on what frames show, and the share of right answers."""
+    if not phase.lengths:
+        naming, right = reader.name_cards(phase.step_tokens // reader.layout.frame_tokens)
+        return torch.zeros_like(naming), naming, right
+    logits, answer, naming = reader.answers(batches.next(phase), see=phase.see)
+    return F.cross_entropy(logits, answer), naming, (logits.argmax(-1) == answer).float().mean()
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Any, out: Path) -> None:

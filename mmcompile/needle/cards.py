@@ -1,4 +1,4 @@
-"""The needles in a video: cards, each a shape in one colour with a number on it."""
+"""The needles in a video: cards, each a shape in one colour, with a number stamped all over it."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ GLYPHS = (
     "01110 10001 10001 01110 10001 10001 01110",
     "01110 10001 10001 01111 00001 00010 01100",
 )  # rows of five
-ROWS, COLUMNS = 7, 11  # of two glyphs and the gap between them
+STAMPS = 6  # of the number along each side of a card
+PITCH = 16  # dots along each side of a stamp
 
 
 def _bitmaps() -> NDArray[np.bool_]:
-    """The ink of every number, bool `[numbers, 7, 11]`."""
+    """The ink of every number's stamp, bool `[numbers, 16, 16]`."""
     glyphs = np.array([[list(row) for row in glyph.split()] for glyph in GLYPHS]) == "1"  # [10, 7, 5]
-    ink = np.zeros((len(NUMBERS), ROWS, COLUMNS), dtype=bool)
+    ink = np.zeros((len(NUMBERS), PITCH, PITCH), dtype=bool)
     for place, number in enumerate(NUMBERS):
-        ink[place, :, :5], ink[place, :, 6:] = glyphs[int(number[0])], glyphs[int(number[1])]
+        for digit, left in zip(number, (2, 8), strict=True):
+            ink[place, 4:11, left : left + 5] = glyphs[int(digit)]
     return ink
 
 
@@ -59,19 +61,19 @@ def cards(
     colours, shapes, numbers: int64 `[cards]`, places in `COLOURS`, `SHAPES` and `NUMBERS`.
     """
     count = len(colours)
-    centre, radius, pixel, paper, shade = (
+    centre, radius, slip, paper, shade = (
         torch.as_tensor(rng.uniform(low, high, size=(count, size)), dtype=torch.float32, device=device)
-        for low, high, size in ((-0.05, 0.05, 2), (0.42, 0.48, 1), (0.048, 0.056, 1), (60, 200, 1), (0.9, 1.05, 1))
-    )  # lengths in sides of the frame; a pixel is a glyph's
+        for low, high, size in ((-0.05, 0.05, 2), (0.42, 0.48, 1), (0, 1.5 / PITCH, 2), (60, 200, 1), (0.9, 1.05, 1))
+    )  # centre and radius in sides of the frame, the slip of the print in stamps
     colour, shape, number = (torch.as_tensor(one, device=device) for one in (colours, shapes, numbers))
-    x = (torch.arange(width, device=device) + 0.5) / width - 0.5 - centre[:, :1]  # [cards, width]
-    y = (torch.arange(height, device=device) + 0.5) / height - 0.5 - centre[:, 1:]
+    across, down = ((torch.arange(side, device=device) + 0.5) / side for side in (width, height))
+    x, y = across - 0.5 - centre[:, :1], down - 0.5 - centre[:, 1:]  # [cards, width], [cards, height]
     inside = _distance(shape, x[:, None], y[:, :, None]) < radius[:, :, None]
-    column, row = (x / pixel + COLUMNS / 2).floor().long(), (y / pixel + ROWS / 2).floor().long()
-    written = ((column >= 0) & (column < COLUMNS))[:, None] & ((row >= 0) & (row < ROWS))[:, :, None]
-    written &= torch.as_tensor(BITMAPS, device=device)[
-        number[:, None, None], row.clamp(0, ROWS - 1)[:, :, None], column.clamp(0, COLUMNS - 1)[:, None]
-    ]
+    column, row = (
+        (torch.remainder(STAMPS * place + slip[:, axis : axis + 1], 1) * PITCH).long()
+        for axis, place in enumerate((across, down))
+    )  # of the dot within its stamp
+    written = torch.as_tensor(BITMAPS, device=device)[number[:, None, None], row[:, :, None], column[:, None]]
     paint = torch.as_tensor(PAINTS, device=device)[colour] * shade  # [cards, 3]
     drawn = torch.where(inside[..., None], paint[:, None, None], paper[:, None, None])
     drawn = torch.where(written[..., None], INK, drawn) + 12 * grain(count, height, width, rng, device)[..., None]

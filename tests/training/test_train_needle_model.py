@@ -44,7 +44,7 @@ def test_the_schedule():
     assert max(rates) == schedule.PEAK_RATE
     ends = [phase.until for phase in schedule.PHASES]
     assert ends == sorted(ends) and ends[-1] == 1
-    assert max(max(phase.lengths) for phase in schedule.phases_within(1000, 500)) <= 1000
+    assert max(length for phase in schedule.phases_within(1000, 500) for length in phase.lengths) <= 1000
 
 
 def test_master_weights_learn_what_bfloat16_would_round_away():
@@ -63,7 +63,7 @@ def test_master_weights_learn_what_bfloat16_would_round_away():
 
 def test_a_short_training_writes_a_model(tmp_path):
     train = import_module("train_needle_model").train
-    settings = {"minutes": 0.02, "seed": 0, "device": "cpu", "workers": 1, "longest": 96, "step_tokens": 96}
+    settings = {"minutes": 0.05, "seed": 0, "device": "cpu", "workers": 1, "longest": 96, "step_tokens": 96}
     train(tmp_path, **settings, samples=1, evaluate=[])
     written = json.loads((tmp_path / "training.json").read_text())
     assert written["settings"]["parameters"] <= 6_000_000
