@@ -9,7 +9,7 @@ import mmcompile
 from mmcompile import CheckWarning, HeadPattern
 from mmcompile.kernels.attend import plan_attention
 from mmcompile.options import AUTO_PATTERN
-from tests.kernels.test_compare_with_dense import check_comparison
+from tests.kernels.test_compare_with_dense import check_comparison, moved
 from tests.mmcompile.test_backend import Decoder, compiled
 
 pytestmark = pytest.mark.gpu
@@ -28,10 +28,11 @@ def test_error_and_recall_are_those_of_float64(dtype):
     "pattern", [AUTO_PATTERN, NARROW, HeadPattern("columns", columns=500)], ids=lambda one: one.kind
 )
 def test_a_comparison_waits_for_nothing(pattern):
-    query, key, value = torch.randn(3, 1, 4, 5000, 64, device="cuda", dtype=torch.bfloat16)
-    boundaries = tuple(torch.tensor(x, dtype=torch.int32).cuda() for x in ([0, 5000], [2], [[50, 10, 10]]))
-    planned = plan_attention(query, key, pattern, boundaries, density=0.2)
-    output, seed = planned.attend(query, value), torch.zeros(1, dtype=torch.int64, device="cuda")
+    query, key, value = torch.randn(3, 1, 4, 2000, 64)
+    boundaries = tuple(torch.tensor(x, dtype=torch.int32) for x in ([0, 2000], [2], [[20, 10, 10]]))
+    planned = moved(plan_attention(query, key, pattern, boundaries, density=0.2), "cuda")
+    query, value, output = (x.cuda() for x in (query, value, torch.randn_like(query)))
+    seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     planned.compare(query, value, output, seed, 0.1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from mmcompile.kernels import compare_with_dense as comparing
 from mmcompile.kernels import reference
@@ -24,20 +25,26 @@ def exact(case, planned, output, query, key, value):
 
 
 def check_comparison(seed, device="cpu", dtype=torch.float32, tolerance=1e-5):
-    """One random plan, whole; a wrong output shows as one."""
+    """One random plan, made on the CPU, whole; a wrong output shows as one."""
     case = PatternCase.of(seed)
-    query, key, value = case.inputs(device, dtype)
+    query, key, value = case.inputs(dtype=dtype)
     planned = case.plan(query, key)
     if not case.allowed().any():
         return
+    there = moved(planned, device)
     for output in (planned.attend(query, value), torch.randn_like(query)):
-        error, recall = planned.compare(query, value, output, torch.zeros(1, dtype=torch.int64, device=device), 1.0)
-        wanted, held = exact(case, planned, output, query, key, value)
-        for got, true in ((error, wanted), (recall, held)):
+        drawn = torch.zeros(1, dtype=torch.int64, device=device), 1.0
+        found = there.compare(*(x.to(device) for x in (query, value, output)), *drawn)
+        for got, true in zip(found, exact(case, planned, output, query, key, value), strict=True):
             assert got.dtype == torch.float32
             torch.testing.assert_close(
                 got.cpu().double(), true, atol=tolerance, rtol=1e-4, msg=lambda text: f"{text}\n{case}"
             )
+
+
+def moved(planned, device):
+    """A plan with its tensors on another device."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), planned)
 
 
 @pytest.mark.parametrize("first", range(0, 60, 20))
