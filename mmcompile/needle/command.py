@@ -23,7 +23,7 @@ def needle(
     task: Annotated[str, typer.Option(help="Any of video, mixed (a quarter of the tokens is text).")] = "video,mixed",
     tokens: Annotated[str, typer.Option(help="Lengths, separated by commas.")] = "4096,8192",
     depths: Annotated[int, typer.Option(min=1, help="Depths of the needle, from first to last.")] = 11,
-    samples: Annotated[int, typer.Option(min=1, help="Questions of each length and depth.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each length and depth.")] = 1,
     questions: Annotated[
         int, typer.Option(min=1, max=6, help="Asked of each synthetic prompt, about another needle each.")
     ] = 1,

@@ -111,7 +111,7 @@ class _Cell:
 
     def _time(self, encoded: Encoded, record: Record) -> None:
         """Of one prompt: the decoder, and in it our ops; torch's own attention is not told apart."""
-        device = encoded.arguments["inputs_embeds"].device.type
+        device = self.decoder.model.device.type
         prompts = len(self.batch.inputs["input_ids"])
         record.ms = time_call(lambda: self.decoder.run(encoded), device, REPEATS).ms / prompts
         with OpTimes(device) as times:

@@ -16,6 +16,7 @@ from mmcompile.errors import OptionError
 from mmcompile.huggingface import ModelError
 from mmcompile.needle import chat_prompts
 from mmcompile.needle.chat_prompts import ChatPrompts
+from mmcompile.needle.decoder import Decoder
 from mmcompile.needle.evaluate import Plan, evaluate
 from mmcompile.needle.methods import EVERY, choose_methods
 from mmcompile.needle.model import needle_config
@@ -25,6 +26,7 @@ from mmcompile.needle.run import begin, load
 from mmcompile.needle.vocabulary import word_tokenizer
 from mmcompile.video import VideoError
 from mmcompile.video_patches import video_patches
+from tests.models.families import FAMILIES
 
 VIDEOS = Path(__file__).parents[2] / "examples"  # moving_shapes.mp4 is in there
 TOKENS = 560
@@ -82,6 +84,25 @@ def test_the_decoder_alone_says_what_the_model_says(path):
     found = decoder.log_probabilities(decoder.run(decoder.encode(batch.inputs)), batch.asked)
     for one, got in zip(batch.asked, found, strict=True):
         torch.testing.assert_close(got, logits[one.row, one.positions[0]].log_softmax(-1), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava", "internvl", "gemma3"])
+def test_decoders_of_other_families_run_by_themselves_or_say_why_not(family):
+    model = FAMILIES[family].model()
+    inputs = FAMILIES[family].prompts(model).first
+    expected, decoder = model(**inputs).logits, Decoder(model)
+    encoded = decoder.encode(inputs)
+    for options in (None, {"density": 1.0}):
+        decoder.use(options)
+        found = decoder.model.get_output_embeddings()(decoder.run(encoded))
+        if options is None or family != "gemma3":
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    if family == "gemma3":
+        with pytest.raises(ModelError, match="cannot be sparse here"):
+            decoder.stats()
+    else:
+        assert [site.layer for site in decoder.stats()] == [0, 1]
 
 
 def test_baselines_take_the_density_of_auto_and_all_is_told_beside_the_estimate(path, tmp_path):
