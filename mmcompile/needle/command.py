@@ -17,9 +17,10 @@ SHORTEST, LONGEST = 256, 2**21  # tokens
 
 def needle(
     model: Annotated[
-        str | None, typer.Option(help="Folder made by save_pretrained, or a name on a model hub; the kept model.")
+        str | None,
+        typer.Option(help="Folder made by save_pretrained, or a name on a hub; the kept one by default."),
     ] = None,
-    videos: Annotated[Path | None, typer.Option(help="Folder of videos to hide cards in; drawn scenes.")] = None,
+    videos: Annotated[Path | None, typer.Option(help="Folder of videos to hide cards in, not drawn scenes.")] = None,
     task: Annotated[str, typer.Option(help="Any of video, mixed (a quarter of the tokens is text).")] = "video,mixed",
     tokens: Annotated[str, typer.Option(help="Lengths, separated by commas.")] = "4096,8192",
     depths: Annotated[int, typer.Option(min=1, help="Depths of the needle, from first to last.")] = 11,
@@ -43,8 +44,9 @@ def needle(
 ) -> None:
     """Ask for a number on a card, hidden in a long video, under dense attention and under each sparse method.
 
-    A method named NAME@auto is a single pattern with the density that auto used at that length. Prompts of a model with
-    a processor and a chat template are its own; --videos gives it real frames.
+    NAME@auto is a single pattern with the density that auto used. auto-q and auto-2d group tokens by modality.
+
+    With --videos, a model that has a processor and a chat template is asked by these, one question a prompt.
 
     Example: [bold]python -m mmcompile needle --tokens 16384,32768 --samples 5 --plot needle.png[/bold]
     """
