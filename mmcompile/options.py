@@ -41,7 +41,7 @@ class Options:
         compares nothing and costs nothing.
     check_bound: with `check`, warn (`mmcompile.CheckWarning`) of heads whose checked output is further from dense,
         ||output - dense|| / ||dense||. The prefill waits for nothing: the warning comes with the call after it (a
-        decode step, another prefill, `stats`).
+        decode step of `mmcompile.compile`, another prefill, `stats`).
     """
 
     patterns: str | HeadPattern | PatternTable = "auto"
