@@ -11,6 +11,7 @@ from pathlib import Path
 from mmcompile.needle.decoder import Decoder
 from mmcompile.needle.evaluate import Plan
 from mmcompile.needle.methods import choose_methods
+from mmcompile.needle.model import KEPT_MODEL
 from mmcompile.needle.prompts import Prompts
 from mmcompile.needle.run import ask, begin, load
 from mmcompile.pattern_search.search import search
@@ -50,6 +51,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
+    if arguments.model is None and not KEPT_MODEL.exists():
+        print(
+            f"{KEPT_MODEL}: no model is kept yet, nothing was measured; python -m mmcompile.needle.training makes one"
+        )
+        return
     begun = time.monotonic()
     tasks = tuple(arguments.tasks.split(","))
     decoder, prompts = load(arguments.model, None, QUESTIONS, arguments.dtype, arguments.device)
