@@ -13,6 +13,7 @@ from mmcompile.needle.layout import Layout
 from mmcompile.needle.model import KEPT_MODEL, needle_config, preprocessing
 from mmcompile.needle.task import sample
 
+pytestmark = pytest.mark.skipif(not KEPT_MODEL.exists(), reason="no trained model is kept yet: make needle-model")
 TOKENS, SAMPLES, SPARSE = 1100, 12, 4
 
 

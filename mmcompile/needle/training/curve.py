@@ -1,6 +1,6 @@
 """Draw a training's curve from its log.
 
-    python training/draw_curve.py examples/needle_model/training.json
+    python -m mmcompile.needle.training.curve examples/needle_model/training.json
 
 Writes `training.png` beside the log: the loss on answers and the share of right ones over time, and the recall measured
 at the end. Needs matplotlib.

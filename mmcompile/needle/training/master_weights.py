@@ -7,7 +7,7 @@ class MasterWeights:
     """AdamW on float32 copies of a model's weights, so that the model itself is what will be kept: bfloat16."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.weights = list(model.parameters())
+        self.weights: list[torch.Tensor] = list(model.parameters())
         self.masters = [weight.detach().float().clone() for weight in self.weights]
         groups = [
             {"params": [one for one in self.masters if one.dim() > 1], "weight_decay": 0.02},

@@ -1,31 +1,15 @@
-"""Train the model of `python -m mmcompile needle` from nothing, in minutes on one GPU.
+"""The training itself: the steps, the recall on the way and at the end, and what is written."""
 
-    python training/train_needle_model.py --out examples/needle_model --minutes 5
-
-Prompts grow from two frames to 64K tokens, half of them with a quarter of text. Several questions follow each prompt,
-and the loss is on their answers; while prompts are short, the vision tower also learns to name what a card shows.
-A phase ends when answers are right, or on the clock, so that the seed fixes the first weights and the order of the
-data, and the number of steps depends on the machine. Written to the folder: model, tokenizer, preprocessing, and
-`training.json`, the loss and the recall on the way.
-"""
-
-import argparse
 import copy
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from batches import Batches
-from log import Log
-from master_weights import MasterWeights
-from reader import Reader
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from schedule import MIXED_FROM, Phase, learning_rate, phases_within
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -33,6 +17,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mmcompile.needle.haystack import TASKS
 from mmcompile.needle.layout import Layout
 from mmcompile.needle.model import needle_config, preprocessing
+from mmcompile.needle.training.batches import Batches
+from mmcompile.needle.training.log import Log
+from mmcompile.needle.training.master_weights import MasterWeights
+from mmcompile.needle.training.reader import Reader
+from mmcompile.needle.training.schedule import MIXED_FROM, Phase, learning_rate, phases_within
 from mmcompile.needle.vocabulary import word_tokenizer
 from mmcompile.vision_attention import pack_vision_attention
 
@@ -144,23 +133,3 @@ def save(model: Qwen2_5_VLForConditionalGeneration, tokenizer: Any, out: Path) -
     copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessing(), indent=2) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its log")
-    parser.add_argument("--minutes", type=float, default=5, help="of training")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)))
-    parser.add_argument("--longest", type=int, default=65536, help="prompt to train on, in tokens")
-    parser.add_argument("--step-tokens", type=int, default=131072, help="the most in a step; few for a try on a CPU")
-    parser.add_argument("--samples", type=int, default=8, help="a depth, of the measurement at the end")
-    parser.add_argument("--evaluate", default="1024,4096,8192,16384,32768,65536", help="lengths to measure at the end")
-    given = vars(parser.parse_args())
-    given["evaluate"] = [int(tokens) for tokens in given["evaluate"].split(",") if tokens]
-    train(given.pop("out"), **given)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from batches import Batch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from mmcompile.needle.haystack import CARD
 from mmcompile.needle.layout import Layout
 from mmcompile.needle.scenes import scenes
 from mmcompile.needle.task import draw, pixel_values
+from mmcompile.needle.training.batches import Batch
 from mmcompile.needle.vocabulary import COLOURS, NUMBERS, SHAPES, WORD_NUMBER
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from schedule import RIGHT
 from torch import Tensor
+
+from mmcompile.needle.training.schedule import RIGHT
 
 EVERY = 50  # steps of a point of the curve
 

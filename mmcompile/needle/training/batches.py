@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from schedule import Phase, training_prompts
 
 from mmcompile.needle.haystack import Haystack, plan
 from mmcompile.needle.layout import Layout
+from mmcompile.needle.training.schedule import Phase, training_prompts
 
 USES = 3  # of a batch
 KEPT = 24  # batches to be used again
