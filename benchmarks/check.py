@@ -44,7 +44,8 @@ def main() -> None:
     arguments = parser.parse_args()
     notes = (
         f"{HEADS} heads, {KV_HEADS} KV heads, head dim {WIDTH}, bf16, causal, batch 1, {DENSITY:.0%} of the tiles; "
-        f"check SHARE compares that share of the query tiles; median of {arguments.repeats} runs, spread is half their range"
+        f"check SHARE compares that share of the query tiles; median of {arguments.repeats} runs, spread is half their "
+        "range"
     )
     figure = Figure.begin("What a check costs", notes, arguments.device)
     shares = [float(share) for share in arguments.shares.split(",")]

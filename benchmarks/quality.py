@@ -52,9 +52,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     if arguments.model is None and not KEPT_MODEL.exists():
-        print(
-            f"{KEPT_MODEL}: no model is kept yet, nothing was measured; python -m mmcompile.needle.training makes one"
-        )
+        print(f"{KEPT_MODEL}: no model is kept, nothing was measured; python -m mmcompile.needle.training makes one")
         return
     begun = time.monotonic()
     tasks = tuple(arguments.tasks.split(","))
