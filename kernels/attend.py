@@ -68,6 +68,32 @@ class Planned(NamedTuple):
             None if self.orders[0] == _RASTER else self.arrangement.query_order,
         )
 
+    def compare(
+        self, query: Tensor, value: Tensor, output: Tensor, seed: Tensor, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """How far `attend`'s output is from dense: error and true recall of each head, float32 [H] each. seed and share
+        as the op `compare_with_dense` has them."""
+        heads, row = query.shape[1], self.rows.of_head
+        return _OPS.compare_with_dense(
+            query,
+            self.key,
+            _in_orders(value, self.arrangement.key_order, self.copies, self.orders[1]),
+            output,
+            self.arrangement.query_order,
+            self.arrangement.query_tags,
+            self.arrangement.key_tags,
+            *self.lists,
+            row,
+            self.copies.of_head(heads),
+            self.scale,
+            self.window,
+            self.segments,
+            self.spans,
+            seed,
+            0,
+            share,
+        )
+
 
 class Arranged(NamedTuple):
     """One attention before it is planned: its orders, which all layers of a prefill share."""

@@ -6,6 +6,7 @@ needs no import of this package: torch finds the backend by its entry point. Imp
 """
 
 from mmcompile.architecture import Architecture
+from mmcompile.check_bound import CheckWarning
 from mmcompile.eager_attention import register_attention
 from mmcompile.errors import BoundaryError, MMCompileError, OptionError, TableError, UnsupportedSitesError
 from mmcompile.kernels.patterns import HeadPattern
@@ -21,6 +22,7 @@ from mmcompile.tables import PatternTable
 __all__ = [
     "Architecture",
     "BoundaryError",
+    "CheckWarning",
     "HeadPattern",
     "MMCompileError",
     "ModalityBoundaries",

@@ -18,6 +18,7 @@ from mmcompile.errors import UnsupportedSitesError
 from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
+from mmcompile.passes.graph import fake_value
 from mmcompile.passes.pipeline import describe_graph, run_passes
 from mmcompile.prefill import CompiledPrefill, dense_prefill, is_prefilling, tells_boundaries
 from mmcompile.report import describe_records
@@ -60,7 +61,7 @@ def mminference(
         compiled = inner(rewritten.module, list(example_inputs))
         is_prefill = any(record.phase == "prefill" for record in rewritten.records)
         return dense_prefill(compiled, module, rewritten.records) if is_prefill else compiled
-    inputs = [*example_inputs, *rewritten.boundaries.examples]
+    inputs = [*example_inputs, *map(fake_value, rewritten.added)]
     sparse, short, long = partial(_compile_sparse, inner), rewritten.short, rewritten.long
     # Whoever runs short prompts alone, or long ones, or very long ones, waits for one compilation.
     is_short = short is not None and short.now
@@ -70,7 +71,7 @@ def mminference(
     chunked = None if long is None else _form(sparse, long.module, inputs, now=is_long)
     if long is not None:
         compile_stretches_later(inner, long.chunked)
-    return CompiledPrefill(compiled, rewritten, dense, chunked)
+    return CompiledPrefill(compiled, rewritten, dense, chunked, parsed.check_bound)
 
 
 def _form(compiler: CompiledFunction, module: fx.GraphModule, inputs: list[Any], *, now: bool) -> CompiledFunction:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from mmcompile.bench.command import bench
 from mmcompile.console import out, progress_console, steps, write
 from mmcompile.errors import MMCompileError
+from mmcompile.needle.command import needle
 from mmcompile.pattern_search.command import search
 from mmcompile.pictures.command import plot
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(search)
+app.command()(needle)
 app.add_typer(plot, name="plot")
 
 

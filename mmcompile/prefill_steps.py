@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mmcompile.caches import fetching_in_order, is_offloaded, prefilled
+from mmcompile.check_bound import warn_of_arrived
 from mmcompile.encode_first import EncodeFirst, encodes_first, without_checks
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
@@ -38,6 +39,7 @@ def with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Callab
             return model._call_impl(*args, **kwargs)
         cache = inputs.get("past_key_values")
         if is_decode_step(inputs):
+            warn_of_arrived()
             if is_offloaded(cache):
                 with fetching_in_order(cache):
                     return model._call_impl(*args, **kwargs)

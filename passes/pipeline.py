@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mmcompile.kernels.in_chunks import CHUNK, CHUNKS_FROM
 from mmcompile.kernels.patterns import HeadPattern
-from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries
+from mmcompile.passes.add_boundaries import BoundaryInputs, add_boundaries, add_seed
 from mmcompile.passes.chunk_tokens import Chunked, chunk_tokens
 from mmcompile.passes.decide import (
     CAUSAL_PREFILL,
@@ -25,7 +25,7 @@ from mmcompile.passes.dense_attention import dense_attention
 from mmcompile.passes.find_attention import find_attention, find_unread
 from mmcompile.passes.fold_permutations import fold_permutations
 from mmcompile.passes.graph import Size, copy_graph, fake_value, hint, output_node
-from mmcompile.passes.rewrite_attention import Budget, rewrite_attention
+from mmcompile.passes.rewrite_attention import Budget, Check, rewrite_attention
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +59,10 @@ class Rewritten:
     `module` is the caller's own module, untouched, where no attention is a causal prefill's. Where nothing became
     sparse it is one with the same inputs and outputs. Otherwise it is a copy with three more inputs (`boundaries`), and
     with two more outputs a rewritten site: the site's realised density and its estimated recall, [B, P] each, in the
-    order of `sparse`. `short` serves in its place when few keys come; None where the number of keys is known, or
-    none is too small. `long` serves where many tokens come; None where what they need is no matter, or
-    nothing can run in chunks.
+    order of `sparse`. With a check, its `seed` is the last input, and each site's outputs are two more: error and true
+    recall, [H] each. `short` serves in its place when few keys come; None where the number of keys is known, or none is
+    too small. `long` serves where many tokens come; None where what they need is no matter, or nothing can run in
+    chunks.
     """
 
     module: fx.GraphModule
@@ -72,6 +73,13 @@ class Rewritten:
     short: ShortForm | None = None
     long: LongForm | None = None
     chunks: str = ""  # how many tokens run at a time between attentions, in words; empty where nothing is sparse
+    check: Check | None = None
+
+    @property
+    def added(self) -> tuple[fx.Node, ...]:
+        """The inputs that the graph has besides its own, in order."""
+        boundaries = () if self.boundaries is None else self.boundaries.nodes
+        return boundaries if self.check is None else (*boundaries, self.check.seed)
 
 
 def run_passes(
@@ -83,11 +91,13 @@ def run_passes(
     min_tokens: int | None = 0,
     disable: Sequence[str] = (),
     search_strides: bool = True,
+    check: float | None = None,
     chunk: int | None = None,
     compiler: str = "",
 ) -> Rewritten:
     """Find, decide, make short prefills dense, add boundaries, rewrite, fold, chunk. `module` itself is never edited.
 
+    check: share of the query tiles to compare with dense attention; None leaves nothing of it in the graph.
     search_strides: look for the frames of video tokens without a known grid in each layer's own queries and keys.
     chunk: tokens that run at a time between attentions; None for what suits the device, 0 for all.
     compiler: names what will compile the graphs.
@@ -106,19 +116,21 @@ def run_passes(
         return Rewritten(copy if made_dense else module, records, (), None)
 
     sparse = tuple(decision for decision in _of(copy, decisions) if decision.record.sparse)
-    boundaries = add_boundaries(copy, fake_value(sparse[0].site.query).device)
-    result = rewrite_attention(copy, sparse, boundaries, Budget(density, recall, search_strides))
+    device = fake_value(sparse[0].site.query).device
+    boundaries = add_boundaries(copy, device)
+    checked = None if check is None else Check(check, add_seed(copy, device))
+    result = rewrite_attention(copy, sparse, boundaries, Budget(density, recall, search_strides), checked)
     log.info(
         "rewrite_attention: %d sites on %d plans and %d arrangements", len(sparse), result.plans, result.arrangements
     )
     if "fold_permutations" not in disable:
         log.info("fold_permutations: %d attentions take tokens in their order", fold_permutations(copy))
-    _append_outputs(copy, [node for _, plan in result.planned for node in (plan.density, plan.recall)])
+    _append_outputs(copy, [node for of_site in result.figures for node in of_site])
     copy.graph.lint()
     copy.recompile()
     long, chunks = _long_form(copy, sparse, 0 if "chunk_tokens" in disable else chunk, compiler)
     log.info("chunk_tokens: %s", chunks)
-    return Rewritten(copy, records, sparse, boundaries, recall, short, long, chunks)
+    return Rewritten(copy, records, sparse, boundaries, recall, short, long, chunks, checked)
 
 
 def _short_form(module: fx.GraphModule, decisions: Sequence[Decision]) -> ShortForm | None:
