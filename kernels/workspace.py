@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mmcompile.kernels.ops  # noqa: F401  registers torch.ops.mminference
+from mmcompile.kernels import in_chunks
 from mmcompile.kernels.patterns import decode
 from mmcompile.kernels.tile_bounds import tile_count
 
@@ -83,5 +84,6 @@ WORKSPACE_BYTES: Mapping[Any, Callable[..., int]] = {
     _OPS.arrange.default: arrange_bytes,
     _OPS.plan.default: plan_bytes,
     _OPS.block_sparse_attention.default: attention_bytes,
+    _OPS.in_chunks.default: in_chunks.workspace_bytes,
 }
 """By op; one that is not here needs nothing."""

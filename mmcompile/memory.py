@@ -77,8 +77,10 @@ class PrefillGraph:
 
     def module(self, tokens: int) -> fx.GraphModule:
         """The form that serves a length."""
-        short = self.rewritten.short
-        return self.rewritten.module if short is None or tokens >= short.min_tokens else short.module
+        short, long = self.rewritten.short, self.rewritten.long
+        if short is not None and tokens < short.min_tokens:
+            return short.module
+        return self.rewritten.module if long is None or tokens <= long.tokens else long.module
 
 
 def predict_memory(

@@ -148,11 +148,11 @@ class CallBoundaries:
         self._device = fake_value(site.query).device
         self._positions = _find_positions(inputs, site.batch, site.query_length)
         self._batch = _find_size(inputs, site.batch)
-        self._length = _find_size(inputs, site.query_length)
+        self.length = _find_size(inputs, site.query_length)
 
     def of(self, inputs: Sequence[Any]) -> BoundaryTensors:
         """Of a call with these inputs."""
-        batch, length = (None if read is None else read(inputs) for read in (self._batch, self._length))
+        batch, length = (None if read is None else read(inputs) for read in (self._batch, self.length))
         bound = bound_tensors(self._device, batch, length)
         if bound is not None:
             return bound
@@ -164,16 +164,22 @@ class CallBoundaries:
 class CompiledPrefill:
     """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls.
 
-    Where fewer keys come than `min_tokens`, the graph's short form serves, and none of this runs.
+    Where fewer keys come than `min_tokens`, the graph's short form serves, and none of this runs. Where many tokens
+    come, its long form serves.
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], rewritten: Rewritten, short: Callable[..., Any] | None = None
+        self,
+        compiled: Callable[..., Any],
+        rewritten: Rewritten,
+        short: Callable[..., Any] | None = None,
+        long: Callable[..., Any] | None = None,
     ) -> None:
-        """compiled: of `rewritten.module`. short: of the module in `rewritten.short`, if it has one."""
+        """compiled: of `rewritten.module`. short, long: of the modules in its `short` and `long`, if it has them."""
         site = rewritten.sparse[0].site
         own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
-        self._compiled, self._short = compiled, short
+        self._compiled, self._short, self._long = compiled, short, long
+        self._chunks = rewritten.long  # what it runs in chunks is known as long as it is kept
         self._key_length = _find_size(own, site.key_length)
         self._min_tokens = 0 if rewritten.short is None else rewritten.short.min_tokens
         self._dense_sites = _dense_sites(one for one in rewritten.records if one.reason in CAUSAL_PREFILL)
@@ -195,11 +201,16 @@ class CompiledPrefill:
             if self._parameter is not None:
                 _last_prefills.keep(inputs[self._parameter], self._dense_sites, ())
             return self._short(*inputs)
-        outputs = self._compiled(*inputs, *self._boundaries.of(inputs))
+        compiled = self._long if self._long is not None and self._is_long(inputs) else self._compiled
+        outputs = compiled(*inputs, *self._boundaries.of(inputs))
         own = len(outputs) - 2 * len(self._sites)
         if self._parameter is not None:
             _last_prefills.keep(inputs[self._parameter], self._sites, outputs[own:])
         return outputs[:own]
+
+    def _is_long(self, inputs: Sequence[Any]) -> bool:
+        length = self._boundaries.length
+        return self._chunks is not None and length is not None and length(inputs) > self._chunks.tokens
 
 
 def dense_prefill(

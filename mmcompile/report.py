@@ -25,6 +25,7 @@ from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.find_attention import find_attention, stack_of
 from mmcompile.passes.graph import copy_graph
 from mmcompile.passes.pipeline import run_passes
+from mmcompile.prefill import tells_boundaries
 from mmcompile.prefill_steps import by_name, is_decode_step, tracing
 from mmcompile.reference_runs import copy_sharing_weights
 from mmcompile.tables import PatternTable
@@ -38,6 +39,7 @@ class Report:
 
     sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke.
     no_cuda_graph: of each graph that is left out of CUDA graphs, should a mode turn them on, the reason.
+    chunks: of each graph with sparse sites, how many tokens run at a time between attentions.
     memory: what a prefill of the `tokens` that `explain` was asked for will take; None where it was not asked, or where
     `memory_unknown` says why nothing is known.
     """
@@ -46,6 +48,7 @@ class Report:
     graph_count: int
     breaks: tuple[str, ...]
     no_cuda_graph: tuple[str, ...]
+    chunks: tuple[str, ...]
     memory: MemoryUse | None = None
     memory_unknown: str = ""
 
@@ -60,6 +63,7 @@ class Report:
             "graph_count": self.graph_count,
             "breaks": list(self.breaks),
             "no_cuda_graph": list(self.no_cuda_graph),
+            "chunks": list(self.chunks),
             "sparse": self.sparse_count,
             "dense": len(self.sites) - self.sparse_count,
             "sites": [site.to_dict() for site in self.sites],
@@ -87,6 +91,7 @@ class Report:
             f"{self.sparse_count} sparse, {dense} dense, in {self.graph_count} graphs "
             f"with {len(self.breaks)} graph breaks"
             + "".join(f"; sparse ones run on {kernel}" for kernel in kernels)
+            + "".join(f"; between attentions {how}" for how in dict.fromkeys(self.chunks))
             + "".join(f"; left out of CUDA graphs: {why}" for why in dict.fromkeys(self.no_cuda_graph))
         )
 
@@ -187,6 +192,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         recorder.graph_count,
         tuple(recorder.breaks),
         tuple(recorder.no_cuda_graph),
+        tuple(recorder.chunks),
         memory,
         unknown,
     )
@@ -268,6 +274,7 @@ class TracedCall:
         self.records: list[SiteRecord] = []
         self.breaks: list[str] = []
         self.no_cuda_graph: list[str] = []
+        self.chunks: list[str] = []
         self.graph_count = 0
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -275,9 +282,11 @@ class TracedCall:
         reason = getattr(module, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break:
             self.breaks.append(_describe_break(reason))
-        rewritten = run_passes(module, **self.options.for_passes)
+        rewritten = run_passes(module, **self.options.for_passes, search_strides=not tells_boundaries(module))
         self.records += rewritten.records
         self.graphs.append(PrefillGraph(rewritten, self.traced))
+        if rewritten.chunks:
+            self.chunks.append(rewritten.chunks)
         why = why_no_cuda_graph(rewritten)
         if why is not None:
             self.no_cuda_graph.append(why)

@@ -31,6 +31,7 @@ from mmcompile.bench.timing import FAILURE, Failure, Times, race, significant
 from mmcompile.bench.video_prompt import FRAME, SHORTEST
 from mmcompile.console import Step
 from mmcompile.errors import OptionError
+from mmcompile.kernels.in_chunks import CHUNKS_FROM
 from mmcompile.options import Options
 from mmcompile.report import TracedCall, trace_call
 
@@ -39,7 +40,9 @@ PREFILL, COMPILING, SHORTEST_SPARSE = "prefill", "compiling", "shortest sparse p
 ALWAYS, NEVER = 0, 2**30  # values of min_tokens
 FEW_LAYERS_FROM = 2**19  # tokens from which dense contenders run some layers alone: a layer takes seconds there
 ONCE = 10.0  # seconds of a call that is not repeated
-COMPILED_AT = 2048  # tokens of the first call, in which everything is compiled
+# Tokens of the first calls, in which everything is compiled: of each form that the lengths measured need. The long one
+# is compiled where indices pass 32 bits and the kernel folds permutations, if prefills that long are measured.
+COMPILED_AT, CHUNKED_AT = 2**11, 2**17 + 2**10
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,8 @@ class PrefillBench:
                 for name, kind in kinds.items():
                     if kind not in calls:
                         step(f"compile {name}")
-                        calls[kind], row = self._compile(decoder, name, kind)
-                        yield [row]
+                        calls[kind], compiling = self._compile(decoder, name, kind)
+                        yield compiling
                 if self.second_process and tokens == min(self.tokens):
                     step("compile in a second process")
                     yield [self._compile_again()]
@@ -162,10 +165,16 @@ class PrefillBench:
         if self.dense_form:
             yield [self._shortest(rows, self._name(density)) for density in self.density]
 
+    @property
+    def _first_lengths(self) -> list[int]:
+        whole = [COMPILED_AT] if min(self.tokens) <= CHUNKS_FROM else []
+        longest = max(self.tokens)
+        return whole + ([min(longest, CHUNKED_AT)] if longest > CHUNKS_FROM else [])
+
     def _options(self, kind: "_Kind") -> dict[str, Any]:
         return {"density": kind.density, "min_tokens": kind.min_tokens, "inner": self.inner}
 
-    def _compile(self, decoder: Any, name: str, kind: "_Kind") -> tuple[PrefillCall | Failure, Row]:
+    def _compile(self, decoder: Any, name: str, kind: "_Kind") -> tuple[PrefillCall | Failure, list[Row]]:
         part = decoder if kind.layers == self._layers else first_layers(decoder, kind.layers)
         if kind.library is not None:
             call = dense_call(part, kind.library, self.inner, self.device, self._layers)
@@ -175,21 +184,25 @@ class PrefillBench:
             )
         else:
             call = floor_call(part, self.inner, self.device, self._layers)
-        row: Row = {"table": COMPILING, "attention": name, "layers": kind.layers}
-        try:
-            times = call.compile_now(prompt(part, COMPILED_AT, self.device))
-        except Exception as error:  # contenders fail in as many ways as there are libraries
-            failure = Failure.of(error)
-            return failure, row | {FAILURE: failure.reason}
-        return call, row | times.row()
+        rows: list[Row] = []
+        for tokens in self._first_lengths if kind.min_tokens == ALWAYS else (COMPILED_AT,):
+            row: Row = {"table": COMPILING, "tokens": tokens, "attention": name, "layers": kind.layers}
+            try:
+                times = call.compile_now(prompt(part, tokens, self.device))
+            except Exception as error:  # contenders fail in as many ways as there are libraries
+                failure = Failure.of(error)
+                return failure, [*rows, row | {FAILURE: failure.reason}]
+            rows.append(row | times.row())
+        return call, rows
 
     def _compile_again(self) -> Row:
         kind = _Kind(self._layers, min_tokens=ALWAYS, density=self.density[0])
         arguments = {"config": self.config, "patterns": self.patterns, "options": self._options(kind)}
-        sizes = {"layers": self._layers, "tokens": COMPILED_AT, "device": self.device}
+        first = self._first_lengths[0]
+        sizes = {"layers": self._layers, "tokens": first, "device": self.device}
         times = in_second_process(arguments | sizes)
         name = f"{self._name(self.density[0])}, in a second process"
-        row: Row = {"table": COMPILING, "attention": name, "layers": self._layers}
+        row: Row = {"table": COMPILING, "tokens": first, "attention": name, "layers": self._layers}
         return row | ({FAILURE: times.reason} if isinstance(times, Failure) else times.row())
 
     def _trace(self, decoder: Any, step: Step) -> "dict[_Kind, TracedCall]":

@@ -16,6 +16,7 @@ from mmcompile import OptionError, Options
         ({"density": True}, r"density=True: must be a number"),
         ({"min_tokens": -1}, r"min_tokens=-1: must be an integer of at least 0, or None"),
         ({"min_tokens": 1.5}, r"min_tokens=1.5: must be an integer"),
+        ({"chunk_tokens": -1}, r"chunk_tokens=-1: must be an integer of at least 0, or None"),
         ({"strict": 1}, r"strict=1: must be True or False"),
         ({"inner": "mminference"}, r"inner='mminference': must name another backend"),
         ({"inner": "nope"}, r"inner='nope': must name another backend: .*inductor"),
