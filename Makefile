@@ -69,6 +69,8 @@ gpu: $(READY)
 		--table attention --out $(OUT)/kernels_cpu.json
 	$(PY) -m mmcompile bench plan --out $(OUT)/plan.json --plot $(OUT)/plan.png
 	$(PY) -m mmcompile bench prefill --out $(OUT)/prefill.json --plot $(OUT)/prefill.png
+	$(PY) -m mmcompile bench prefill --tokens 32K,128K,256K,512K,1M --patterns paper --no-dense-form --repeats 1 \
+		--out $(OUT)/prefill_million.json --plot $(OUT)/prefill_million.png
 	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do \
 		name=$$(basename $$file .py); \
 		echo "$(PY) $$file --out $(OUT)/$$name.json"; \

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import mmcompile
+from mmcompile.bench.decoders import QWEN2, QWEN3, rotary
 from mmcompile.bench.figure import Figure
 from mmcompile.bench.repeated_heads import REPEATED_HEADS
 from mmcompile.bench.timing import time_call
@@ -29,33 +30,8 @@ from mmcompile.bench.timing import time_call
 IMAGE, VIDEO, START, END = 151655, 151656, 151652, 151653
 WHOLE, OURS = "dense, Inductor on the whole", "mminference"
 TEXT = 64  # tokens of text before and after the video
-QWEN2 = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2**18,
-}
-QWEN3 = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 2**18,
-}
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 Inputs = dict[str, Tensor]
-
-
-def rotary(sections: tuple[int, int, int], **fields: Any) -> dict[str, Any]:
-    """Multimodal rotary positions of a text decoder."""
-    parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)} | fields
-    return {"rope_parameters": parameters}
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,12 @@ def _(inputs, stretch, chunk):
     return _stretches[stretch].allocate(inputs)
 
 
+def workspace_bytes(inputs: Sequence[Tensor], stretch: str, chunk: int | None) -> int:
+    """What the op holds besides its results, where there is room for whole chunks. Arguments as of `in_chunks`."""
+    work = _stretches[stretch]
+    return work.token_bytes * even_chunk(work.tokens(inputs), CHUNK if chunk is None else chunk)
+
+
 def even_chunk(tokens: int, most: int) -> int:
     """The size of chunks that are about equal, of at most `most` tokens where that is a multiple of ALIGNED."""
     size = -(-tokens // -(-tokens // most))

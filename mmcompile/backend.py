@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import dynamo_timed
 from torch._logging import trace_structured
 
 from mmcompile import kernels
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 CompiledFunction = Callable[..., Any]
 
+PASSES_PHASE = "mminference_passes"  # in torch's compile times, `torch._dynamo.utils.compile_times()`
+
 
 def mminference(
     module: fx.GraphModule,
@@ -44,12 +47,13 @@ def mminference(
     """
     parsed = Options.parse(options)
     # Where the prompt's grids are told, no stride is searched, and one arrangement of the tokens serves all layers.
-    rewritten = run_passes(
-        module,
-        **parsed.for_passes,
-        search_strides=not tells_boundaries(module),
-        compiler=f"{parsed.inner}, mode={mode}",
-    )
+    with dynamo_timed(PASSES_PHASE):
+        rewritten = run_passes(
+            module,
+            **parsed.for_passes,
+            search_strides=not tells_boundaries(module),
+            compiler=f"{parsed.inner}, mode={mode}",
+        )
     _log(rewritten.records, rewritten.module)
     if isinstance(parsed.patterns, PatternTable):
         parsed.patterns.require_sites(rewritten.records)

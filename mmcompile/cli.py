@@ -19,6 +19,9 @@ from mmcompile.needle.command import needle
 from mmcompile.pattern_search.command import search
 from mmcompile.pictures.command import plot
 
+# Prompts of more tokens are not run, not even without attention: one of TRACED tokens tells of them.
+LONGEST_TRACED, TRACED = 2**15, 2**11
+
 app = typer.Typer(
     help="A torch.compile backend that makes the prefill of vision-language models sparse.",
     no_args_is_help=True,
@@ -92,35 +95,51 @@ def demo(
 @app.command()
 def explain(
     model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")],
-    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt; with --video, the most.")] = 32768,
+    tokens: Annotated[
+        str, typer.Option(help="Length of the prompt, such as 4096, 128K or 1M; with --video, the most.")
+    ] = "32K",
     video: Annotated[Path | None, typer.Option(help="Put this video in the prompt (Qwen2-VL, Qwen2.5-VL).")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames to take of the video; all by default.")] = None,
+    logits_to_keep: Annotated[
+        int | None, typer.Option(min=1, help="Make logits of the last tokens alone; a plain call makes all of them.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say for every attention of a model whether it becomes sparse, and why not where it does not.
+    """Say for every attention of a model whether it becomes sparse, and why not; and what memory a prefill takes.
 
-    No attention is computed.
+    No attention is computed, and of prompts over 32K tokens nothing at all: a short one is traced in their place.
 
-    Example: [bold]python -m mmcompile explain --model ./my-model --tokens 32768[/bold]
+    Example: [bold]python -m mmcompile explain --model ./my-model --tokens 1M[/bold]
     """
     import mmcompile
+    from mmcompile.bench.measurement import numbers, token_count
     from mmcompile.huggingface import example_inputs, load_model
     from mmcompile.video import read_frames
 
+    (length,) = numbers("--tokens", tokens, token_count, 2, 2**24)
     with steps(3) as step:
         step(f"load {model}")
         loaded = load_model(model, dtype=dtype, device=device)
         step("make a prompt")
         pictures = None if video is None else read_frames(video, frames)
-        inputs = example_inputs(loaded, frames=pictures, tokens=tokens)
+        traced = length if length <= LONGEST_TRACED or video is not None else TRACED
+        inputs = example_inputs(loaded, frames=pictures, tokens=traced)
+        asked = inputs["input_ids"].shape[1] if traced == length else length
         step("trace and decide")
-        report = mmcompile.explain(loaded, **inputs)
+        kept = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
+        report = mmcompile.explain(loaded, tokens=asked, **inputs, **kept)
     if as_json:
         print(report.to_json())
         return
     out.print(report)
+    if report.memory is not None:
+        out.print(report.memory)
+        for trap in report.memory.traps:
+            out.print(f"[yellow]trap:[/yellow] {escape(trap)}", highlight=False)
+    elif report.memory_unknown:
+        out.print(f"no memory could be predicted: {report.memory_unknown}", highlight=False, markup=False)
     for reason in report.breaks:
         out.print(f"graph break: {reason}", highlight=False, markup=False)
     out.print(

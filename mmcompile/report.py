@@ -3,26 +3,29 @@
 import copy
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 from transformers import Cache
 
 from mmcompile.architecture import Architecture
 from mmcompile.encode_first import EncodeFirst, encodes_first
+from mmcompile.errors import MMCompileError
+from mmcompile.memory import MemoryUse, PrefillGraph, predict_memory
 from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
 from mmcompile.passes.find_attention import find_attention, stack_of
 from mmcompile.passes.graph import copy_graph
 from mmcompile.passes.pipeline import run_passes
+from mmcompile.prefill import tells_boundaries
 from mmcompile.prefill_steps import by_name, is_decode_step, tracing
 from mmcompile.reference_runs import copy_sharing_weights
 from mmcompile.tables import PatternTable
@@ -37,6 +40,8 @@ class Report:
     sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke.
     no_cuda_graph: of each graph that is left out of CUDA graphs, should a mode turn them on, the reason.
     chunks: of each graph with sparse sites, how many tokens run at a time between attentions.
+    memory: what a prefill of the `tokens` that `explain` was asked for will take; None where it was not asked, or where
+    `memory_unknown` says why nothing is known.
     """
 
     sites: tuple[SiteRecord, ...]
@@ -44,6 +49,8 @@ class Report:
     breaks: tuple[str, ...]
     no_cuda_graph: tuple[str, ...]
     chunks: tuple[str, ...]
+    memory: MemoryUse | None = None
+    memory_unknown: str = ""
 
     @property
     def sparse_count(self) -> int:
@@ -60,6 +67,7 @@ class Report:
             "sparse": self.sparse_count,
             "dense": len(self.sites) - self.sparse_count,
             "sites": [site.to_dict() for site in self.sites],
+            "memory": None if self.memory is None else self.memory.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -88,7 +96,9 @@ class Report:
         )
 
     def __str__(self) -> str:
-        return _plain(self)
+        if self.memory is None:
+            return _plain(self)
+        return "\n".join([_plain(self), _plain(self.memory), *self.memory.traps])
 
 
 def sites_table(sites: Sequence[SiteRecord]) -> Table:
@@ -161,11 +171,43 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     `options=Options(...)` or a mapping among the keyword arguments is taken as the backend's options. Dynamo's caches
     are reset before and after, so compiled models compile again at their next call. Raises TableError for a pattern
     table of another architecture.
+
+    `tokens=N` among them predicts the memory of a prefill of that length too, of a prompt like the call's in everything
+    else; nothing of that size runs, so that a short prompt tells of a million tokens.
     """
+    tokens: int | None = kwargs.pop("tokens", None)
     options = Options.parse(kwargs.pop("options", None))
     if isinstance(options.patterns, PatternTable) and isinstance(model, nn.Module):
         options.patterns.require(Architecture.of(model))
-    recorder = _Recorder(options)
+    other_length = tokens is not None and tokens != _prompt_length(kwargs)
+    recorder = trace_call(model, args, kwargs, options, any_length=other_length)
+    memory, unknown = None, ""
+    if tokens is not None:
+        try:
+            memory = recorder.memory(tokens, model)
+        except RuntimeError as error:  # what depends on data has no size before it runs
+            unknown = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return Report(
+        tuple(recorder.records),
+        recorder.graph_count,
+        tuple(recorder.breaks),
+        tuple(recorder.no_cuda_graph),
+        tuple(recorder.chunks),
+        memory,
+        unknown,
+    )
+
+
+def trace_call(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: Options,
+    *,
+    any_length: bool = False,
+) -> "TracedCall":
+    """The graphs of a call, with what `explain` says of them. any_length: the prompt's length stays a symbol."""
+    recorder = TracedCall(options)
     torch.compiler.reset()
     try:
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1024):
@@ -176,17 +218,21 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 positions = False
                 model = copy_sharing_weights(model)  # running encoders first leaves traces on a model
                 args, kwargs, checks = _with_encoders_run(model, args, kwargs)
+            if any_length:
+                recorder.traced = _prompt_length(kwargs)
+                args, kwargs = tree_map_only(Tensor, recorder.with_any_length, (args, kwargs))
             with tracing(checks=checks, positions=positions):
                 torch.compile(model, backend=recorder)(*args, **kwargs)
     finally:
         torch.compiler.reset()
-    return Report(
-        tuple(recorder.records),
-        recorder.graph_count,
-        tuple(recorder.breaks),
-        tuple(recorder.no_cuda_graph),
-        tuple(recorder.chunks),
-    )
+    return recorder
+
+
+def _prompt_length(inputs: Mapping[str, Any]) -> int:
+    for name in ("inputs_embeds", "input_ids"):
+        if isinstance(inputs.get(name), Tensor):
+            return int(inputs[name].shape[1])
+    raise MMCompileError("the memory of another length needs input_ids or inputs_embeds among the keyword arguments")
 
 
 def _with_encoders_run(
@@ -215,11 +261,16 @@ def _own_copy(argument: Any) -> Any:
     return copy.deepcopy(argument) if isinstance(argument, Cache) else argument
 
 
-class _Recorder:
-    """A backend that records decisions and runs each graph with its attentions left out."""
+class TracedCall:
+    """A backend that records graphs and decisions, and runs each graph with its attentions left out.
+
+    traced: the prompt's length, where sizes of it stay symbols.
+    """
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.traced: int | None = None
+        self.graphs: list[PrefillGraph] = []
         self.records: list[SiteRecord] = []
         self.breaks: list[str] = []
         self.no_cuda_graph: list[str] = []
@@ -231,14 +282,34 @@ class _Recorder:
         reason = getattr(module, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break:
             self.breaks.append(_describe_break(reason))
-        rewritten = run_passes(module, **self.options.for_passes)
+        rewritten = run_passes(module, **self.options.for_passes, search_strides=not tells_boundaries(module))
         self.records += rewritten.records
+        self.graphs.append(PrefillGraph(rewritten, self.traced))
         if rewritten.chunks:
             self.chunks.append(rewritten.chunks)
         why = why_no_cuda_graph(rewritten)
         if why is not None:
             self.no_cuda_graph.append(why)
         return without_attention(module)
+
+    def with_any_length(self, tensor: Tensor) -> Tensor:
+        """The tensor, marked so that a size of the prompt's length becomes a symbol."""
+        same = tensor.view_as(tensor)  # the caller's own stays as it is
+        for dim in [dim for dim, size in enumerate(tensor.shape) if size == self.traced]:
+            torch._dynamo.maybe_mark_dynamic(same, dim)
+        return same
+
+    def memory(self, tokens: int, model: Callable[..., Any]) -> MemoryUse | None:
+        """What a prefill of so many tokens takes, under the inner backend of the options."""
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return predict_memory(
+            self.graphs,
+            tokens,
+            fused=self.options.inner == "inductor",
+            model=model if isinstance(model, nn.Module) else None,
+            vocabulary=getattr(text, "vocab_size", 0),
+        )
 
 
 def without_attention(module: fx.GraphModule) -> fx.GraphModule:

@@ -11,7 +11,7 @@ from torch import fx
 from mmcompile.passes.graph import Size, fake_value, same_size
 from mmcompile.passes.node_operations import mutated_nodes, operation
 
-_SDPA_TARGETS = (
+SDPA_TARGETS = (
     torch._C._nn.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
@@ -112,7 +112,7 @@ def _scan(module: fx.GraphModule) -> Iterator[AttentionSite | UnreadAttention]:
         nesting += name == "_vmap_increment_nesting"
         nesting -= name == "_vmap_decrement_nesting"
         why = None
-        if node.op == "call_function" and node.target in _SDPA_TARGETS:
+        if node.op == "call_function" and node.target in SDPA_TARGETS:
             site = None if nesting else _bind(node, written)
             if site is not None:
                 yield site
@@ -123,7 +123,7 @@ def _scan(module: fx.GraphModule) -> Iterator[AttentionSite | UnreadAttention]:
         elif _weighs_values(node):
             why = "written out as softmax and matmul"
         if why is not None:
-            yield UnreadAttention(node, _module_path(node), why)
+            yield UnreadAttention(node, module_path(node), why)
 
 
 _PASSED_ON = ("dropout", "to", "type_as", "contiguous", "float", "half", "bfloat16")
@@ -169,7 +169,7 @@ def _bind(node: fx.Node, written: frozenset[fx.Node]) -> AttentionSite | None:
         is_causal=bool(bound.get("is_causal", False)),
         dropout_p=dropout_p,
         scale=scale,
-        module_path=_module_path(node),
+        module_path=module_path(node),
     )
 
 
@@ -243,7 +243,7 @@ def _repeats_heads(source: tuple, insert: tuple, expand: tuple, merge: tuple) ->
     return all(same_size(a, b) for got, want in expected for a, b in zip(got, want, strict=True))
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module, relative to what was compiled; empty where the tracer lost it."""
     stack = node.meta.get("nn_module_stack")
     if not stack:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmcompile.bench.decoders import DECODERS
+from mmcompile.bench.measurement import token_count
 from mmcompile.console import out, steps
 from mmcompile.errors import MMCompileError, OptionError
 
@@ -19,7 +21,7 @@ bench = typer.Typer(
 )
 
 LONGEST = 2**21  # tokens
-Tokens = Annotated[str, typer.Option(help="Lengths, separated by commas.")]
+Tokens = Annotated[str, typer.Option(help="Lengths, such as 4096, 32K or 1M, separated by commas.")]
 Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
 KVHeads = Annotated[int, typer.Option(min=1, help="Key and value heads.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Runs of each contender; slow ones make fewer, three at least.")]
@@ -54,7 +56,7 @@ def kernels(
 
     every = TABLES if device == "cuda" else (ATTENTION, GROWTH)
     measurement = KernelsBench(
-        numbers("--tokens", tokens, int, 128, LONGEST),
+        numbers("--tokens", tokens, token_count, 128, LONGEST),
         numbers("--density", density, float, 1e-6, 1.0),
         numbers("--head-dim", head_dim, int, 1, 256),
         choices("--dtype", dtype, DTYPES),
@@ -99,7 +101,7 @@ def plan(
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     measurement = PlanBench(
-        numbers("--tokens", tokens, int, 1, LONGEST),
+        numbers("--tokens", tokens, token_count, 1, LONGEST),
         choices("--patterns", patterns, PATTERNS),
         numbers("--density", density, float, 1e-6, 1.0),
         head_dim,
@@ -115,32 +117,59 @@ def plan(
 
 @bench.command()
 def prefill(
+    config: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(name.lower() for name in DECODERS)}, or a folder or hub name with a config."),
+    ] = "qwen2.5-vl-7b",
     tokens: Tokens = "2048,4096,8192,16384,32768,131072",
-    density: Annotated[str, typer.Option(help='Caps; "none" leaves it to the pattern.')] = "0.1,0.2",
-    pattern: Annotated[str, typer.Option(help="auto, vertical_slash, grid or a_shape, for every head.")] = "auto",
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the decoder; fewer for a try.")] = 28,
+    patterns: Annotated[
+        str,
+        typer.Option(
+            help="auto; paper: Grid by frame, Vertical-Slash (1000, 4096) and A-shape (128, 4096), a third of the "
+            "heads each; vertical_slash, grid or a_shape for every head; or the path of a table."
+        ),
+    ] = "auto",
+    density: Annotated[
+        str | None, typer.Option(help='Caps; "none" leaves it to the patterns, as it is left to all but auto.')
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the decoder; fewer for a try.")] = None,
+    few_layers: Annotated[
+        int, typer.Option(min=1, help="Layers of the dense contenders from 512K tokens on; their times are scaled.")
+    ] = 1,
     against: Annotated[str, typer.Option(help="Libraries of the dense contenders.")] = "cuDNN,flash",
+    dense_form: Annotated[bool, typer.Option(help="Ours as it serves short prompts too, below 512K tokens.")] = True,
+    floor: Annotated[bool, typer.Option(help="The decoder without attention too.")] = True,
+    second_process: Annotated[bool, typer.Option(help="Compile from the cache in a second process too.")] = True,
+    device: Device = "cuda",
     repeats: Repeats = 3,
     out_path: Out = None,
     plot: Plot = None,
     redraw: Redraw = False,
 ) -> None:
-    """The prefill of Qwen2.5-VL-7B's decoder against Inductor, and the min_tokens from which sparse is faster.
+    """The prefill of a text decoder against Inductor: time and what it goes into, memory, compile time.
 
-    Example: [bold]python -m mmcompile bench prefill --layers 4 --tokens 4096,16384 --out prefill.json[/bold]
+    Example: [bold]python -m mmcompile bench prefill --layers 4 --tokens 4K,16K --out prefill.json[/bold]
+
+    All of it: [bold]python -m mmcompile bench prefill --config qwen2.5-vl-7b --tokens 32K,128K,256K,512K,1M --patterns
+    paper --no-dense-form --repeats 1 --out prefill.json --plot prefill.png[/bold]
     """
     from mmcompile.bench.measurement import choices, numbers
-    from mmcompile.bench.prefill import LIBRARIES, PrefillBench
-    from mmcompile.bench.video_prompt import PATTERNS
+    from mmcompile.bench.prefill import PrefillBench
+    from mmcompile.bench.prefill_calls import LIBRARIES
 
-    if pattern not in PATTERNS:
-        raise OptionError(f"--pattern {pattern}: must be one of {', '.join(PATTERNS)}")
+    caps = density or ("0.1,0.2" if patterns == "auto" else "none")
     measurement = PrefillBench(
-        numbers("--tokens", tokens, int, 1, LONGEST),
-        (None,) if density == "none" else numbers("--density", density, float, 1e-6, 1.0),
-        pattern,
+        numbers("--tokens", tokens, token_count, 1, LONGEST),
+        (None,) if caps == "none" else numbers("--density", caps, float, 1e-6, 1.0),
+        patterns,
+        config,
         layers,
+        few_layers,
         choices("--against", against, LIBRARIES),
+        dense_form,
+        floor,
+        second_process,
+        device=device,
         repeats=repeats,
     )
     _run(measurement, out_path, plot, redraw)

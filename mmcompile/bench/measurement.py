@@ -41,6 +41,14 @@ class Measurement(Protocol):
         """The rows as a matplotlib figure; pyplot is the module."""
 
 
+def token_count(word: str) -> int:
+    """A length such as "4096", "32K" (32768) or "1M" (1048576). Raises ValueError."""
+    for suffix, size in (("K", 2**10), ("M", 2**20)):
+        if word.endswith(suffix):
+            return int(word.removesuffix(suffix)) * size
+    return int(word)
+
+
 def numbers(option: str, text: str, kind: Callable[[str], Number], low: Number, high: Number) -> tuple[Number, ...]:
     """The numbers of a list such as "32768,131072". Raises OptionError naming the option."""
     found = []

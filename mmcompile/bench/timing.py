@@ -34,6 +34,10 @@ class Times:
         """times: of each run, in ms; at least one."""
         return cls(statistics.median(times), (max(times) - min(times)) / 2, len(times))
 
+    def scaled(self, factor: float) -> "Times":
+        """The times of so many times as much."""
+        return Times(self.ms * factor, self.spread * factor, self.runs)
+
     def columns(self, name: str = "ms") -> dict[str, float]:
         """The two columns of a figure's row; tables show the spread beside its median."""
         return {name: significant(self.ms), f"{name} spread": significant(self.spread, 2)}
@@ -59,14 +63,15 @@ def race(
     lead: float = 0.0,
     seconds: float = 20.0,
     step: Callable[[str], None] = lambda name: None,
-    look: Callable[[str, Any], None] = lambda name, result: None,
+    look: Callable[[str, Any], Times | None] = lambda name, result: None,
 ) -> dict[str, Times | Failure]:
     """Time each call `repeats` times on "cuda" or "cpu", after one that warms up; the order rotates from turn to turn.
 
     A call that has taken `seconds` in all stops early, after LEAST_RUNS. lead: ms that the GPU idles before each run,
     so that the host's launches are over when the clock starts; 0 measures a call as a waiting caller sees it. The L2
     cache is emptied before each run. step: is told of each warm-up and each turn, len(contenders) + repeats in all.
-    look: is given the name and the result of each warm-up. A contender that raises is a Failure, and the others go on.
+    look: is given the name and the result of each warm-up; where it returns times, they stand for the contender's,
+    which is called no more. A contender that raises is a Failure, and the others go on.
     """
     found: dict[str, Times | Failure] = {}
     times: dict[str, list[float]] = {}
@@ -76,8 +81,11 @@ def race(
         if isinstance(result, Failure):
             found[name] = result
         else:
-            times[name] = []
-            look(name, result)
+            known = look(name, result)
+            if known is None:
+                times[name] = []
+            else:
+                found[name] = known
         del result  # the next one may need its memory
     names = list(times)
     # Made after the warm-ups, so that their peak of memory is their own.

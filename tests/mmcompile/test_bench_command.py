@@ -2,27 +2,43 @@
 
 import json
 import sys
+from argparse import Namespace
+from collections import Counter
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from mmcompile import cli
+from mmcompile.bench.compile_times import in_second_process
 from mmcompile.bench.figure import Figure, FigureError
-from mmcompile.bench.prefill import OURS_DENSE, PrefillBench
+from mmcompile.bench.head_patterns import patterns_of
+from mmcompile.bench.measurement import token_count
+from mmcompile.bench.prefill import FLOOR, OURS_DENSE, PrefillBench
 from mmcompile.bench.show import save_plot
 
 COMMANDS = ("kernels", "plan", "prefill")
 SMALL = ("--device", "cpu", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--dtype", "fp32", "--repeats", "1")
 TINY = {
+    "model_type": "qwen2_5_vl_text",
     "vocab_size": 64,
     "hidden_size": 64,
     "intermediate_size": 64,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
 }
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config")
+    (path / "config.json").write_text(json.dumps(TINY))
+    return str(path)
 
 
 def run(*arguments):
@@ -130,25 +146,90 @@ def test_plan_writes_the_parts_and_their_share(tmp_path):
     assert a_shape["permutations ms"] == 0 < auto["permutations ms"]
 
 
-def test_prefill_measures_a_decoder_and_suggests_min_tokens(tmp_path):
-    measurement = PrefillBench(
-        (512,), (0.5,), layers=1, against=("flash",), device="cpu", repeats=1, inner="eager", config=TINY
-    )
+def measured(measurement):
+    """The figure of a measurement, whose steps are counted."""
     steps = []
     figure = Figure.begin(measurement.title, measurement.notes, "cpu")
     for rows in measurement.measure(steps.append):
         figure.rows += rows
-    assert len(steps) == measurement.steps
+    assert len(steps) == measurement.steps, steps
+    return figure
+
+
+def test_prefill_measures_a_decoder_and_suggests_min_tokens(tmp_path, config):
+    measurement = PrefillBench(
+        (512,), (0.5,), config=config, layers=1, against=("flash",), device="cpu", repeats=1, inner="eager"
+    )
+    figure = measured(measurement)
     prefill = {row["attention"]: row for row in figure.tables["prefill"]}
     assert list(prefill) == ["Inductor, flash", OURS_DENSE, "ours, auto, at most 0.5"]
     assert all(row["ms"] > 0 for row in prefill.values()), prefill
     assert prefill[OURS_DENSE]["density"] == 1.0
     assert prefill["ours, auto, at most 0.5"]["density"] < 1.0
+    assert prefill["ours, auto, at most 0.5"]["plan ms"] > 0 == prefill[OURS_DENSE]["plan ms"]
+    assert all(row["attention ms"] > 0 and row["projections and MLP ms"] > 0 for row in prefill.values())
+    compiling = {row["attention"]: row for row in figure.tables["compiling"]}
+    assert list(compiling) == list(prefill)
+    assert 0 < compiling[OURS_DENSE]["our passes s"] < compiling[OURS_DENSE]["compiling s"]
     (suggested,) = figure.tables["shortest sparse prefill"]
     assert suggested["min_tokens"] in (None, 512)
     assert "ours, auto, at most 0.5: " in measurement.summary(figure.rows)
     save_plot(measurement, figure, tmp_path / "prefill.png")
     assert (tmp_path / "prefill.png").stat().st_size
+
+
+def test_long_dense_prefills_run_few_layers_and_say_so(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("mmcompile.bench.prefill.FEW_LAYERS_FROM", 1024)
+    monkeypatch.setattr("mmcompile.bench.prefill.ONCE", 0.0)
+    measurement = PrefillBench(
+        (512, 1024), patterns="paper", config=config, against=("flash",), floor=True, device="cpu", repeats=1,
+        inner="eager",
+    )  # fmt: skip
+    figure = measured(measurement)
+    prefill = {(row["tokens"], row["attention"]): row for row in figure.tables["prefill"]}
+    assert prefill[1024, "Inductor, flash"]["layers run"] == prefill[1024, FLOOR]["layers run"] == "1 of 2, scaled"
+    assert all("layers run" not in row for (tokens, _), row in prefill.items() if tokens == 512)
+    assert (1024, OURS_DENSE) not in prefill and (512, OURS_DENSE) in prefill
+    assert all(row["runs"] == 1 for row in prefill.values())
+    assert prefill[1024, "ours, paper"]["predicted GB"] >= 0
+    assert "outside attention, over none" in prefill[1024, "ours, paper"]
+    assert "density" not in prefill[1024, FLOOR]
+    assert "From 1024 tokens on dense contenders run 1" in measurement.notes
+    save_plot(measurement, figure, tmp_path / "prefill.png")
+
+
+def test_a_prefill_that_cannot_run_is_a_row_that_says_why(config, monkeypatch):
+    def broken(*_arguments, **_options):
+        raise torch.OutOfMemoryError("64 GiB are too many")
+
+    monkeypatch.setattr("mmcompile.bench.repeated_heads.scaled_dot_product_attention", broken)
+    measurement = PrefillBench(
+        (512,), (None,), "a_shape", config=config, layers=1, against=("flash",), dense_form=False, predict=False,
+        device="cpu", repeats=1, inner="eager",
+    )  # fmt: skip
+    rows = [row for some in measurement.measure(lambda name: None) for row in some]
+    dense, ours = (row for row in rows if row["table"] == "prefill")
+    assert "64 GiB are too many" in dense["failure"] and "ms" not in dense
+    assert ours["ms"] > 0 and "faster than cuDNN" not in ours
+
+
+def test_the_papers_patterns_have_a_third_of_the_heads_each():
+    table = patterns_of("paper", Namespace(num_attention_heads=28, num_hidden_layers=2))
+    assert table.shape == (2, 28)
+    counts = Counter(pattern.kind for pattern in table.layers[0])
+    assert counts == {"grid": 10, "vertical_slash": 9, "a_shape": 9}
+
+
+def test_a_second_process_compiles_the_same_prefill(config):
+    options = {"density": None, "min_tokens": 0, "inner": "eager"}
+    arguments = {"config": config, "layers": 1, "patterns": "a_shape", "options": options, "tokens": 512}
+    times = in_second_process(arguments | {"device": "cpu"})
+    assert 0 < times.passes < times.compiling <= times.call
+
+
+@pytest.mark.parametrize(("word", "tokens"), [("4096", 4096), ("32K", 32768), ("1M", 1048576)])
+def test_lengths_have_suffixes(word, tokens):
+    assert token_count(word) == tokens
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
@@ -172,7 +253,8 @@ def test_without_a_gpu_is_one_clear_error(fail, command):
         (("plan", "--patterns", "auto,best"), "no 'best'"),
         (("plan", "--dtype", "int8"), "--dtype int8"),
         (("plan", "--tokens", "200"), "must be at least 384"),
-        (("prefill", "--pattern", "best"), "--pattern best"),
+        (("prefill", "--patterns", "best"), "--patterns best"),
+        (("prefill", "--config", "./nowhere"), "no such folder"),
         (("prefill", "--against", "cudnn"), "any of cuDNN, flash"),
         (("prefill", "--tokens", "200"), "must be at least 384"),
     ],

@@ -61,6 +61,16 @@ def test_explain_prints_every_site_and_what_to_do_next(model_path):
     assert "Next:" in said
 
 
+def test_explain_predicts_the_memory_of_a_million_tokens(model_path):
+    said = invoke("explain", "--model", model_path, "--tokens", "1M", "--device", "cpu")
+    assert "1048576 tokens:" in said and "Largest tensors" in said
+    assert "pass logits_to_keep=1" in " ".join(said.split())
+
+
+def test_explain_of_a_length_that_is_none(fail, model_path):
+    assert "'1G' is not a number" in fail("explain", "--model", model_path, "--tokens", "1G")
+
+
 def test_explain_json_is_json_and_nothing_else(model_path):
     report = json.loads(invoke("explain", "--model", model_path, "--tokens", "64", "--device", "cpu", "--json"))
     assert len(report["sites"]) == 2
