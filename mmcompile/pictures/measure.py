@@ -63,7 +63,7 @@ def measure(
         for head in (head for where, head in chosen if where == layer):
             step(f"pictures of layer {layer}, head {head}")
             name = f"Layer {layer}, head {head}: {of_head[head]}"
-            found.pictures += head_pictures(seen, attention.plan(of_head), head, name)
+            found.pictures += head_pictures(seen, attention.arrange(of_head).plan(), head, name)
         return attention.output
 
     visit_layers(model, inputs, visit)
