@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
+from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import Cache
@@ -148,7 +149,7 @@ def _likeness(site: SiteRecord) -> dict[str, Any]:
     return values
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any] | ExportedProgram, *args: Any, **kwargs: Any) -> Report:
     """Say for every attention of `model(*args, **kwargs)` whether the backend would make it sparse, and why.
 
     The call is traced as `mmcompile.compile(model)` traces it: encoders run first, where it runs them, and are no part
@@ -157,7 +158,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     `options=Options(...)` or a mapping among the keyword arguments is taken as the backend's options. Dynamo's caches
     are reset before and after, so compiled models compile again at their next call. Raises TableError for a pattern
     table of another architecture.
+
+    Of an exported program it says what `transform` decided, or would decide with these options.
     """
+    if isinstance(model, ExportedProgram):
+        return _of_program(model, kwargs.pop("options", None))
     options = Options.parse(kwargs.pop("options", None))
     if isinstance(options.patterns, PatternTable) and isinstance(model, nn.Module):
         options.patterns.require(Architecture.of(model))
@@ -177,6 +182,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     finally:
         torch.compiler.reset()
     return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks), tuple(recorder.no_cuda_graph))
+
+
+def _of_program(program: ExportedProgram, options: Any) -> Report:
+    from mmcompile.transform_program import record_program  # here, because what it imports imports this file
+
+    return Report(record_program(program, Options.parse(options)).sites, 1, (), ())
 
 
 def _with_encoders_run(
