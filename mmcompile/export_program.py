@@ -25,6 +25,7 @@ def export(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    tokens_max: int | None = None,
     cache_length: int | None = None,
     **options: Any,
 ) -> ExportedProgram:
@@ -38,6 +39,7 @@ def export(
         args, kwargs: an example call, short (a few hundred tokens). A model of transformers takes keywords alone.
         dynamic_shapes: as `torch.export.export` takes it; by default batch and tokens of the inputs of a prefill are
             free, and for modules that are not transformers' whatever torch.export finds to be.
+        tokens_max: the longest prompt that the program takes; any by default.
         cache_length: the KV cache comes with room for so many tokens, as a StaticCache has it.
         options: as of `transform`, which see for the inputs that are added.
 
@@ -54,7 +56,7 @@ def export(
         if args:
             raise ExportError("args: a model of transformers is exported by its keyword arguments; pass kwargs alone")
         given = two_batches(given)
-        shapes = prefill_shapes(given, cache_length) if dynamic_shapes is None else dynamic_shapes
+        shapes = prefill_shapes(given, cache_length or tokens_max) if dynamic_shapes is None else dynamic_shapes
         program = _export(PrefillModule(model, cache_length), (), given, shapes)
     else:
         if cache_length is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ class ProgramRecord:
         """Settings and versions in one line."""
         settings = [f"{name} {value}" for name, value in self.settings.items() if value is not None]
         return ", ".join([*settings, *(f"{name} {number}" for name, number in self.versions.items())])
+
+    def next_step(self, path: Path) -> str:
+        """How to go on from the file that this is the record of, in one line of console markup."""
+        if self.packed is None:
+            return f"Next: [bold]mmcompile.package(torch.export.load({str(path)!r}), 'package.pt2')[/bold]."
+        before = f"{self.packed}; " if self.packed else ""
+        return f"Next: [bold]{before}torch._inductor.aoti_load_package({str(path)!r})[/bold]."
 
 
 def keep_record(module: torch.fx.GraphModule, record: ProgramRecord) -> None:

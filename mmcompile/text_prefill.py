@@ -39,8 +39,17 @@ def text_prefill(model: PreTrainedModel, **inputs: Any) -> TextPrefill:
     passed = {name: inputs.get(name) for name in ("attention_mask", "token_type_ids")}
     if not isinstance(given.get("attention_mask"), dict):  # else it is made by the parent, of the types
         passed.pop("token_type_ids")
-    kwargs = {name: given.get(name) for name in ("inputs_embeds", "position_ids")} | passed | by_decoder
+    embeds, positions = given["inputs_embeds"], given.get("position_ids")
+    if positions is None and _is_multimodal(model):  # a prompt of text alone; its program must take a video's too
+        positions = torch.arange(embeds.shape[1], device=embeds.device).repeat(3, len(embeds), 1)
+    kwargs = {"inputs_embeds": embeds, "position_ids": positions} | passed | by_decoder
     return TextPrefill(own, {name: value for name, value in kwargs.items() if isinstance(value, Tensor | list)})
+
+
+def _is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether rotary positions are [3, B, S]: time, row and column."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return "mrope_section" in rope
 
 
 def _given(model: PreTrainedModel, decoder: Any, inputs: dict[str, Any]) -> dict[str, Any]:
