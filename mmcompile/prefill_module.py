@@ -122,7 +122,7 @@ def prefill_shapes(kwargs: Mapping[str, Any], tokens_max: int | None = None) -> 
     Raises ExportError for an input that is not known, whose dimensions the caller has to name.
     """
     batch = Dim("batch", min=1, max=MOST_BATCHES)
-    tokens: Any = Dim.AUTO(min=2, max=tokens_max)  # type: ignore[operator]
+    tokens: Any = Dim.AUTO(min=2, max=tokens_max)
     shapes: dict[str, Any] = {}
     for name, value in kwargs.items():
         if _is_by_token(name, value):

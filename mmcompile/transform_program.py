@@ -105,11 +105,17 @@ def _settings(options: Options, sites: Sequence[SiteRecord]) -> dict[str, Any]:
 
 def _drop_figures(rewritten: Rewritten) -> None:
     """Take back the outputs that tell density and recall of each site: a program returns what it returned before."""
-    output = output_node(rewritten.module.graph)
-    (results,) = output.args
+    graph = rewritten.module.graph
+    results = _results(graph)
     own = len(results) - 2 * len(rewritten.sparse)
-    output.args = (tuple(results[:own]),)
-    erase_if_unused(rewritten.module.graph, results[own:])
+    output_node(graph).args = (tuple(results[:own]),)
+    erase_if_unused(graph, results[own:])
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    (results,) = output_node(graph).args
+    assert isinstance(results, tuple | list)
+    return list(results)
 
 
 def _program(program: ExportedProgram, module: fx.GraphModule, boundaries: BoundaryInputs) -> ExportedProgram:
@@ -143,7 +149,7 @@ def _program(program: ExportedProgram, module: fx.GraphModule, boundaries: Bound
 
 def _signature(before: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:
     """The signature with the boundaries, and with the names that inputs and outputs have in the new graph."""
-    inputs, (outputs,) = placeholders(graph), output_node(graph).args
+    inputs, outputs = placeholders(graph), _results(graph)
     input_specs = [
         replace(spec, arg=_renamed(spec.arg, node)) for spec, node in zip(before.input_specs, inputs, strict=False)
     ]
