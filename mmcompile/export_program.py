@@ -66,10 +66,12 @@ def export(
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    if module.training:
-        module.eval()
     try:
         with torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except GuardOnDataDependentSymNode as error:
-        raise ExportError(f"{type(module).__name__}: its code depends on data ({first_line(error)})") from error
+        name = type(module.model if isinstance(module, PrefillModule) else module).__name__
+        raise ExportError(
+            f"{name}: its code depends on data ({first_line(error)}). Of a vision-language model the prefill of its "
+            "text can be exported, with encoders left out: mmcompile.text_prefill(model, **inputs) gives it"
+        ) from error

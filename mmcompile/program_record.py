@@ -71,8 +71,9 @@ def record_of(program: ExportedProgram) -> ProgramRecord | None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("mmcompile", "torch", "triton", "transformers")
-    return {name: number for name in names if (number := _version(name)) is not None}
+    names = ("mmcompile", "triton", "transformers")
+    installed = {name: number for name in names if (number := _version(name)) is not None}
+    return installed | {"torch": str(torch.__version__)}
 
 
 def _version(name: str) -> str | None:

@@ -138,6 +138,15 @@ def test_pixels_are_refused_with_what_can_be_exported():
         mmcompile.export(model, kwargs=inputs)
 
 
+def test_code_that_depends_on_data_is_refused_with_what_can_be_exported():
+    class DependsOnData(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum().item() > 0 else x
+
+    with pytest.raises(mmcompile.ExportError, match=r"DependsOnData: its code depends on data.*text_prefill"):
+        mmcompile.export(DependsOnData(), (torch.ones(3),))
+
+
 class Attention(nn.Module):
     """One attention, with a mask that somebody else made."""
 
