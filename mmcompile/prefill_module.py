@@ -74,7 +74,8 @@ class PrefillModule(nn.Module):
         inputs = {name: value for name, value in known.items() if value is not None}
         # One made from the config would cut the keys of sliding layers, at a place that depends on the length.
         cache = Cache(layer_class_to_replicate=DynamicLayer)
-        output = self.model(**inputs, **self._settings, past_key_values=cache, use_cache=True)
+        # The model itself, also where `mmcompile.compile` has put compiled code in its place.
+        output = self.model._call_impl(**inputs, **self._settings, past_key_values=cache, use_cache=True)
         name = "logits" if getattr(output, "logits", None) is not None else "last_hidden_state"
         layers: list[Any] = cache.layers
         return {
