@@ -33,7 +33,7 @@ def main() -> None:
     model = nn.Sequential(Layer(64, 4), Layer(64, 4)).eval()
     with torch.no_grad():
         program = torch.export.export(
-            model, (torch.randn(2, 256, 64),), dynamic_shapes=({0: Dim("batch"), 1: Dim.AUTO},)
+            model, (torch.randn(2, 256, 64),), dynamic_shapes=({0: Dim("batch", max=64), 1: Dim.AUTO(max=2**16)},)
         )
     pattern = HeadPattern("a_shape", sink=64, local=256, boundary="q")
     sparse = mmcompile.transform(program, patterns=pattern)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from mmcompile.architecture import Architecture
 from mmcompile.errors import ExportError
 from mmcompile.huggingface import first_line
-from mmcompile.prefill_module import PrefillModule, prefill_shapes, require_text, two_batches
+from mmcompile.prefill_module import MOST_TOKENS, PrefillModule, prefill_shapes, require_text, two_batches
 from mmcompile.tables import PatternTable
 from mmcompile.transform_program import program_options, transform
 
@@ -25,7 +25,7 @@ def export(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-    tokens_max: int | None = None,
+    tokens_max: int = MOST_TOKENS,
     cache_length: int | None = None,
     **options: Any,
 ) -> ExportedProgram:
@@ -39,7 +39,7 @@ def export(
         args, kwargs: an example call, short (a few hundred tokens). A model of transformers takes keywords alone.
         dynamic_shapes: as `torch.export.export` takes it; by default batch and tokens of the inputs of a prefill are
             free, and for modules that are not transformers' whatever torch.export finds to be.
-        tokens_max: the longest prompt that the program takes; any by default.
+        tokens_max: the longest prompt that the program takes. A package indexes by 64 bits where that needs it.
         cache_length: the KV cache comes with room for so many tokens, as a StaticCache has it.
         options: as of `transform`, which see for the inputs that are added.
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mmcompile.errors import ExportError
 
-MOST_BATCHES = 1024
+MOST_BATCHES, MOST_TOKENS = 1024, 2**20  # without an end to them a package would index by 32 bits
 # Of each input that a text prefill may have, which dimension is the batch and which the tokens; None where it has none.
 # Positions are [B, S], or [3 or 4, B, S] where they are multimodal.
 _BATCH_AND_TOKENS = {
@@ -117,7 +117,7 @@ def two_batches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def prefill_shapes(kwargs: Mapping[str, Any], tokens_max: int | None = None) -> dict[str, Any]:
+def prefill_shapes(kwargs: Mapping[str, Any], tokens_max: int = MOST_TOKENS) -> dict[str, Any]:
     """`dynamic_shapes` of a prefill: batch and tokens are free, tokens from 2 to `tokens_max`; heads are fixed.
 
     Raises ExportError for an input that is not known, whose dimensions the caller has to name.

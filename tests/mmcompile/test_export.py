@@ -147,6 +147,14 @@ def test_code_that_depends_on_data_is_refused_with_what_can_be_exported():
         mmcompile.export(DependsOnData(), (torch.ones(3),))
 
 
+def test_a_program_without_a_largest_size_is_not_packaged(tmp_path):
+    program = torch.export.export(nn.Linear(2, 2), (torch.ones(4, 2),), dynamic_shapes=({0: Dim.AUTO},))
+    with pytest.raises(mmcompile.ExportError, match=r"input: no size is too large.*32 bits"):
+        mmcompile.package(program, tmp_path / "model.pt2")
+    with pytest.raises(mmcompile.ExportError, match=r"must end in \.pt2"):
+        mmcompile.package(program, tmp_path / "model.zip")
+
+
 class Attention(nn.Module):
     """One attention, with a mask that somebody else made."""
 
