@@ -1,6 +1,6 @@
 """A package of AOTInductor against the compiled backend: the prefill of Qwen2.5-VL-7B's text decoder.
 
-    python benchmarks/exported_prefill.py                # 4 layers, "auto" at 10 %, on a CUDA device
+    python benchmarks/exported_prefill.py --out x.json   # 4 layers, "auto" at 10 %, on a CUDA device
     python benchmarks/exported_prefill.py --tiny         # a trial of the script itself, on the CPU
 
 One process makes the package. Another loads it, checks it against the compiled backend at each length, and times both
@@ -21,8 +21,9 @@ from transformers import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
 import mmcompile
+from mmcompile.bench.figure import Figure
 from mmcompile.bench.prefill import QWEN2_5_VL_7B
-from mmcompile.bench.timing import race
+from mmcompile.bench.timing import race, significant
 from mmcompile.bench.video_prompt import PATTERNS, boundaries, positions
 from mmcompile.passes.add_boundaries import BOUNDARY_NAMES
 from mmcompile.prefill_module import PrefillModule
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--pattern", choices=PATTERNS, default="auto")
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON: rows, command, commit, versions, device")
     parser.add_argument("--tiny", action="store_true", help="narrow layers, short prompts, the CPU, no compiler")
     parser.add_argument("--package", type=Path, help=argparse.SUPPRESS)  # the second process
     arguments = parser.parse_args()
@@ -64,6 +66,9 @@ def compare(arguments: argparse.Namespace) -> None:
     kind = device(arguments)
     package = torch._inductor.aoti_load_package(str(arguments.package))
     settings = options(arguments) | {"min_tokens": 0, "inner": "eager" if arguments.tiny else "inductor"}
+    notes = f"{arguments.layers} layers, random weights, pattern {arguments.pattern} at {arguments.density:g}"
+    figure = Figure.begin("A package beside the compiled backend", notes, kind)
+    figure.command = figure.command.split(" --package ")[0]
     compiled = torch.compile(PrefillModule(decoder(arguments)), backend="mminference", options=settings)
     for tokens in arguments.tokens:
         given, told = inputs(arguments, tokens), boundaries(tokens, kind)
@@ -82,9 +87,12 @@ def compare(arguments: argparse.Namespace) -> None:
         error = float((found - expected).norm() / expected.norm())
         del found, expected
         times: Any = race({"package": packaged, "compiled": by_backend}, kind, arguments.repeats)
-        ratio = times["package"].ms / times["compiled"].ms
-        shown = ", ".join(f"{name} {one.ms:.2f} ± {one.spread:.2f} ms" for name, one in times.items())
-        print(f"{tokens} tokens: {shown}, ratio {ratio:.3f}, outputs differ by {error:.1e}", flush=True)
+        row = {"tokens": tokens} | times["package"].columns("package ms") | times["compiled"].columns("compiled ms")
+        row |= {"ratio": significant(times["package"].ms / times["compiled"].ms), "difference": significant(error, 2)}
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        figure.rows.append(row)
+        if arguments.out is not None:
+            figure.save(arguments.out)
 
 
 def device(arguments: argparse.Namespace) -> str:
