@@ -17,13 +17,14 @@ endif
 # Nothing here needs a model hub: a look-up that slips in should fail at once and loudly.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test lint types layers unit interpreter gpu figures models clean
+.PHONY: help demo test lint types layers unit interpreter gpu needle-model figures models clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo     a tiny Qwen2.5-VL reads a video, dense and sparse (DEMO_ARGS="--video PATH" for another)'
 	@echo 'make test     ruff, mypy, import-linter, tests on the CPU, kernels under the Triton interpreter'
 	@echo 'make gpu      tests and benchmarks that need a CUDA device; figures go to OUT=$(OUT)'
+	@echo 'make needle-model  train the model of the needle task from nothing (one GPU, minutes)'
 	@echo 'make figures  put the tables of $(OUT) into README.md'
 	@echo 'make models   every check of every model family, into docs/models.md (half an hour; MODELS_ARGS="--family NAME")'
 	@echo 'make clean    remove the environment and every cache'
@@ -42,7 +43,7 @@ lint: $(READY)
 
 # mypy and import-linter walk folders, so they need the three floors laid out as one package.
 # The folders themselves are named too: a file that is taken away must go from there as well.
-$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py mmcompile/*/*.py passes/*.py kernels/*.py) mmcompile mmcompile/bench mmcompile/pattern_search mmcompile/pictures passes kernels pyproject.toml
+$(VENV)/flat: $(READY) $(wildcard mmcompile/*.py mmcompile/*/*.py mmcompile/*/*/*.py passes/*.py kernels/*.py) mmcompile mmcompile/bench mmcompile/needle mmcompile/needle/training mmcompile/pattern_search mmcompile/pictures passes kernels pyproject.toml
 	@rm -rf build $@
 	@$(PY) -m pip install -q --no-deps --no-build-isolation --target $@ .
 	@rm -rf build
@@ -73,6 +74,10 @@ gpu: $(READY)
 		echo "$(PY) $$file --out $(OUT)/$$name.json"; \
 		$(PY) $$file --out $(OUT)/$$name.json; \
 	done
+
+needle-model: $(READY)
+	$(PY) -m mmcompile.needle.training --out examples/needle_model
+	$(PY) -m mmcompile.needle.training.curve examples/needle_model/training.json
 
 figures: $(READY)
 	$(PY) docs/make_figures.py --figures $(OUT) README.md

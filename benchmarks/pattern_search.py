@@ -135,7 +135,8 @@ def main() -> None:
         "Pattern search",
         notes=f"{HEADS} query heads, {KV_HEADS} KV heads, head dim {HEAD_DIM}, batch 1, {arguments.tokens} tokens; "
         f"{arguments.layers} layers of planted heads over two videos of 256 tokens per frame. Budgets: parts of the "
-        "kernel time of an A-shape of 1024 sink and 4096 local tokens, the paper's target, the last of them that time. "
+        "time, planning included, of an A-shape of 1024 sink and 4096 local tokens, the paper's, the last of them that "
+        "time. "
         "Even: every head the same time; shared: all heads of all layers together. Errors are of the attention's "
         "output, relative to dense, means over heads; ms from fitted lines of measured times",
         device=arguments.device,

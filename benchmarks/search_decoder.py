@@ -8,7 +8,9 @@ full size.
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from mmcompile.tables import PatternTable, mean_error
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, LAYERS = 28, 4, 128, 3584, 28  # of Qwen2.5-VL-7B
 GRID = (16, 16)  # tokens of a frame
 FEW = 3  # layers of the searches that only ask what is found
-SMALL = 0.08  # a budget that planted patterns fill
+SMALL = 0.2  # a budget that planted patterns and their planning fill
 
 KINDS = ("site", "local", "columns")
 EXPECTED = {"site": ("grid", True), "local": ("a_shape", False), "columns": ("vertical_slash", False)}
@@ -44,6 +46,9 @@ def search_decoder(layers: int, tokens: int, device: str, density: float | None,
     with mmcompile.bind(planted.boundaries):
         table = mmcompile.search(planted.model, planted.inputs, density=density, candidates=space, progress=False)
     seconds = time.perf_counter() - begin
+    for kind in KINDS:
+        of_kind = zip(chain.from_iterable(table.layers), chain.from_iterable(kinds), strict=True)
+        print(kind, Counter(str(pattern) for pattern, planted in of_kind if planted == kind).most_common(4), flush=True)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else math.nan
     return {
         "layers": layers,
@@ -83,7 +88,7 @@ def main() -> None:
         notes=f"{HEADS} query heads, {KV_HEADS} KV heads, head dim {HEAD_DIM}, hidden size {HIDDEN}, small MLPs, batch "
         "1, a video of 256 tokens per frame in some text; a third of the heads look at their own site, at the latest "
         "keys, and at fixed keys each. The first search also compiles every kernel, and its time is that of the whole "
-        "call. Budgets: the paper's, the kernel time of an A-shape of 1024 sink and 4096 local tokens, or that of an "
+        "call. Budgets: the paper's, the time of an A-shape of 1024 sink and 4096 local tokens, or that of an "
         "A-shape of a density",
         device=arguments.device,
     )

@@ -68,8 +68,71 @@ class Planned(NamedTuple):
             None if self.orders[0] == _RASTER else self.arrangement.query_order,
         )
 
+    def compare(
+        self, query: Tensor, value: Tensor, output: Tensor, seed: Tensor, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """How far `attend`'s output is from dense: error and true recall of each head, float32 [H] each. seed and share
+        as the op `compare_with_dense` has them."""
+        heads, row = query.shape[1], self.rows.of_head
+        return _OPS.compare_with_dense(
+            query,
+            self.key,
+            _in_orders(value, self.arrangement.key_order, self.copies, self.orders[1]),
+            output,
+            self.arrangement.query_order,
+            self.arrangement.query_tags,
+            self.arrangement.key_tags,
+            *self.lists,
+            row,
+            self.copies.of_head(heads),
+            self.scale,
+            self.window,
+            self.segments,
+            self.spans,
+            seed,
+            0,
+            share,
+        )
 
-def plan_attention(
+
+class Arranged(NamedTuple):
+    """One attention before it is planned: its orders, which all layers of a prefill share."""
+
+    query: Tensor  # [B, H, Sq, D]
+    key: Tensor  # [B, KV, Sk, D] in token order
+    boundaries: tuple[Tensor, Tensor, Tensor]
+    arrangement: Arrangement
+    rows: PlanRows
+    orders: tuple[tuple[Order, ...], tuple[Order, ...]]  # of queries, of keys
+    copies: KeyCopies
+    query_offset: int
+    scale: float
+    window: int | None
+    segments: bool
+    spans: bool
+    density: float | None
+    recall: float | None
+
+    def plan(self) -> Planned:
+        """Put the keys into their orders, estimate, and list what is computed."""
+        key = _in_orders(self.key, self.arrangement.key_order, self.copies, self.orders[1])
+        data = (self.query, key) if any(pattern.needs_data for pattern in self.rows.patterns) else (None, None)
+        parts = (self.query_offset, self.scale, self.window, self.segments, self.spans)
+        *lists, planned, held = _OPS.plan(
+            *data,
+            *self.arrangement,
+            *self.boundaries,
+            *parts,
+            encode(self.rows.patterns),
+            self.rows.heads,
+            self.density,
+            self.recall,
+        )
+        results = (self.arrangement, TilePlan(*lists), planned, held, self.rows, self.orders, self.copies, key)
+        return Planned(*results, self.scale, self.window, self.segments, self.spans)
+
+
+def arrange_attention(
     query: Tensor,
     key: Tensor,
     patterns: HeadPattern | Sequence[HeadPattern],
@@ -83,8 +146,8 @@ def plan_attention(
     query_offset: int | None = None,
     segments: tuple[Tensor, Tensor] | None = None,
     spans: tuple[Tensor, Tensor] | None = None,
-) -> Planned:
-    """Plan causal attention over what the patterns choose.
+) -> Arranged:
+    """Make the orders that the patterns of a causal attention need.
 
     query: [B, H, Sq, D], key: [B, KV, Sk, D]. patterns: one for every head, or one a head.
     boundaries: offsets int32 [M + 1], modality int32 [M], grid int32 [M, 3] of the query tokens.
@@ -108,14 +171,19 @@ def plan_attention(
     data = (query, key) if searches else (None, None)
     arrangement = Arrangement(*_OPS.arrange(*data, *boundaries, *mask, *sizes, encode_orders(*orders), scale))
     copies = KeyCopies.of(kv_heads, len(orders[1]))
-    key = _in_orders(key, arrangement.key_order, copies, orders[1])
-    data = (query, key) if any(pattern.needs_data for pattern in of_head) else (None, None)
-    parts = (offset, scale, window, segments is not None, spans is not None)
-    *lists, planned, held = _OPS.plan(
-        *data, *arrangement, *boundaries, *parts, encode(rows.patterns), rows.heads, density, recall
-    )
-    results = (arrangement, TilePlan(*lists), planned, held, rows, orders, copies, key)
-    return Planned(*results, scale, window, segments is not None, spans is not None)
+    given = (query, key, boundaries, arrangement, rows, orders, copies)
+    return Arranged(*given, offset, scale, window, segments is not None, spans is not None, density, recall)
+
+
+def plan_attention(
+    query: Tensor,
+    key: Tensor,
+    patterns: HeadPattern | Sequence[HeadPattern],
+    boundaries: tuple[Tensor, Tensor, Tensor],
+    **options: Any,
+) -> Planned:
+    """Plan causal attention over what the patterns choose. The arguments are those of `arrange_attention`."""
+    return arrange_attention(query, key, patterns, boundaries, **options).plan()
 
 
 def _in_orders(x: Tensor, order: Tensor, copies: KeyCopies, orders: tuple[Order, ...]) -> Tensor:

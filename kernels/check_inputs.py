@@ -66,6 +66,17 @@ def check_attention(
         raise ValueError(f"scale={scale} is not usable; a finite number of at least 0")
 
 
+def check_comparison(query: Tensor, output: Tensor, seed: Tensor, share: float) -> None:
+    """Raises ValueError unless `compare_with_dense` can run, beside what `check_attention` says."""
+    _check_shape("output", output, tuple(query.shape))
+    _check_device("output", output, query)
+    _check_shape("seed", seed, (1,))
+    _check_dtype("seed", seed, torch.int64, "a count from 0 on")
+    _check_device("seed", seed, query)
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} draws no query tiles; in (0, 1]")
+
+
 def _check_walk(walk: TileWalk, batch: int, query_length: int, key_length: int) -> tuple[int, int]:
     """Key orders and plan rows of a walk, if its tensors fit each other and these sizes."""
     layouts = ("[B, Oq, 3, Sq]", "[B, Ok, 3, Sk]", "[B, P]", "[B, P]", "[B, P, nQ, 5]", "[B, P, T]", "[B, P, C]")

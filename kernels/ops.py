@@ -1,4 +1,4 @@
-"""The torch ops `mminference::{arrange, plan, permute, unpermute, block_sparse_attention}`.
+"""The torch ops `mminference::{arrange, plan, permute, unpermute, block_sparse_attention, compare_with_dense}`.
 
 Importing this module registers schema, fake, CPU and CUDA. Arguments are checked before anything runs; the
 work is in the files by idea.
@@ -13,8 +13,9 @@ from torch.library import custom_op
 
 from mmcompile.kernels import arrange as arranging
 from mmcompile.kernels import block_sparse_cpu, permute_cpu
+from mmcompile.kernels import compare_with_dense as comparing
 from mmcompile.kernels import plan as planning
-from mmcompile.kernels.check_inputs import check_attention, check_permute, check_unpermute
+from mmcompile.kernels.check_inputs import check_attention, check_comparison, check_permute, check_unpermute
 from mmcompile.kernels.tile_walk import TileWalk
 
 _ARRANGE = (
@@ -36,6 +37,12 @@ _ATTENTION = (
     "(Tensor query, Tensor key, Tensor value, Tensor query_tags, Tensor key_tags, Tensor query_row, Tensor key_row, "
     "Tensor counts, Tensor tiles, Tensor columns, Tensor cold, int[] head_plan, int[] key_head, float scale, "
     "int? window, bool segments, bool spans, Tensor? query_order=None) -> Tensor"
+)
+_COMPARE = (
+    "(Tensor query, Tensor key, Tensor value, Tensor output, Tensor query_order, Tensor query_tags, Tensor key_tags, "
+    "Tensor query_row, Tensor key_row, Tensor counts, Tensor tiles, Tensor columns, Tensor cold, int[] head_plan, "
+    "int[] key_head, float scale, int? window, bool segments, bool spans, Tensor seed, int site, float share) -> "
+    "(Tensor error, Tensor recall)"
 )
 
 _DEVICES = ("cpu", "cuda")
@@ -230,6 +237,55 @@ def block_sparse_attention(
 @block_sparse_attention.register_fake
 def _(query, *_rest):
     return _merged_heads(query)
+
+
+@custom_op("mminference::compare_with_dense", mutates_args=(), schema=_COMPARE)
+def compare_with_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    query_order: Tensor,
+    query_tags: Tensor,
+    key_tags: Tensor,
+    query_row: Tensor,
+    key_row: Tensor,
+    counts: Tensor,
+    tiles: Tensor,
+    columns: Tensor,
+    cold: Tensor,
+    head_plan: Sequence[int],
+    key_head: Sequence[int],
+    scale: float,
+    window: int | None,
+    segments: bool,
+    spans: bool,
+    seed: Tensor,
+    site: int,
+    share: float,
+) -> tuple[Tensor, Tensor]:
+    """What a plan and the attention over it lack of dense attention, in some query tiles of each head.
+
+    query, output: [B, H, Sq, D], of `block_sparse_attention`, in token order. query_order: int32 [B, Oq, Sq], from
+        `arrange`. The rest, as there: key and value in the slot order of their plan rows.
+    seed: int64 [1], from 0 on: other query tiles for each. site: the same, for the attentions of one model.
+    share: of the query tiles of all heads and sequences that are drawn, in (0, 1]; at least one is.
+    Returns error, float32 [H]: ||output - dense|| / ||dense|| over a head's drawn queries; and recall, float32 [H]: the
+    mean share of their attention that the plan's tiles and single keys hold, of those that have a key. NaN for a head
+    of which nothing was drawn.
+    Raises ValueError naming the argument, its value, and what would be right.
+    """
+    lists = (query_tags, key_tags, query_row, key_row, counts, tiles, columns, cold)
+    walk = TileWalk(*lists, tuple(head_plan), tuple(key_head), window, segments, spans)
+    check_attention(query, key, value, walk, scale, query_order)
+    check_comparison(query, output, seed, share)
+    return comparing.compare_with_dense(query, key, value, output, query_order, walk, scale, seed, site, share)
+
+
+@compare_with_dense.register_fake
+def _(query, *_rest):
+    heads = query.shape[1]
+    return query.new_empty(heads, dtype=torch.float32), query.new_empty(heads, dtype=torch.float32)
 
 
 def _row_copies(device: torch.device) -> ModuleType:

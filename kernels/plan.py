@@ -175,12 +175,19 @@ def _cap(pattern: HeadPattern, density: float | None) -> float | None:
 
 def _groups(rows: Sequence[HeadPattern], scene: Scene) -> Iterator[tuple[HeadPattern, list[slice]]]:
     """Runs of plan rows with one pattern, each in parts so short that what is kept of each tile stays small."""
-    most = max(1, LEVELS_AT_ONCE // (scene.batch * scene.query_tiles * scene.key_tiles))
     start = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or (rows[end] is not rows[start] and rows[end] != rows[start]):
+            most = len(rows)
+            if _keeps_levels(rows[start]):
+                most = max(1, LEVELS_AT_ONCE // (scene.batch * scene.query_tiles * scene.key_tiles))
             yield rows[start], [slice(first, min(first + most, end)) for first in range(start, end, most)]
             start = end
+
+
+def _keeps_levels(pattern: HeadPattern) -> bool:
+    """Whether something is kept of each tile; other patterns tell of a tile what it is when they are asked."""
+    return any(one.kind in ("top_p", "columns") for one in (pattern, *(one for _, _, one in pattern.pairs)))
 
 
 def _plan_rows(

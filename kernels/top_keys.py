@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The kernel walks a row in one program, 6 ns a key; torch sorts a row by many, and takes longer for many rows.
+LONG, FEW = 2**18, 12
+
 
 class KeyList(NamedTuple):
     """Single keys of N plan rows."""
@@ -22,15 +25,16 @@ def list_top_keys(weight: Tensor, key_slots: Tensor | None, key_row: Tensor, roo
     are positions. key_row: int32 [B, N / B], the key order of each row. room: entries of a list, C. last: int32 [N, R],
     positions.
     """
-    if weight.device.type == "cuda":
+    rows, length = weight.shape
+    if weight.device.type == "cuda" and (length < LONG or rows >= FEW):
         # Triton is imported for a GPU only.
         from mmcompile.kernels import top_keys_kernel
 
         return top_keys_kernel.list_top_keys(weight, key_slots, key_row, room, last)
-    return list_top_keys_cpu(weight, key_slots, key_row, room, last)
+    return sort_top_keys(weight, key_slots, key_row, room, last)
 
 
-def list_top_keys_cpu(weight: Tensor, key_slots: Tensor | None, key_row: Tensor, room: int, last: Tensor) -> KeyList:
+def sort_top_keys(weight: Tensor, key_slots: Tensor | None, key_row: Tensor, room: int, last: Tensor) -> KeyList:
     """`list_top_keys` in torch operations."""
     if key_slots is None:
         slot = torch.arange(weight.shape[1], device=weight.device).expand_as(weight)

@@ -7,6 +7,7 @@ needs no import of this package: torch finds the backend by its entry point. Imp
 
 from mmcompile.aoti_package import package
 from mmcompile.architecture import Architecture
+from mmcompile.check_bound import CheckWarning
 from mmcompile.eager_attention import register_attention
 from mmcompile.errors import BoundaryError, ExportError, MMCompileError, OptionError, TableError, UnsupportedSitesError
 from mmcompile.export_program import export
@@ -25,6 +26,7 @@ from mmcompile.transform_program import transform
 __all__ = [
     "Architecture",
     "BoundaryError",
+    "CheckWarning",
     "ExportError",
     "HeadPattern",
     "MMCompileError",

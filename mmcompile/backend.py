@@ -13,11 +13,12 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._logging import trace_structured
 
 from mmcompile import kernels
-from mmcompile.compile_later import CompiledLater
+from mmcompile.compile_later import CompiledLater, compile_stretches_later
 from mmcompile.errors import UnsupportedSitesError
 from mmcompile.options import Options
 from mmcompile.passes.cuda_graphs import why_no_cuda_graph
 from mmcompile.passes.decide import SiteRecord
+from mmcompile.passes.graph import fake_value
 from mmcompile.passes.pipeline import describe_graph, run_passes
 from mmcompile.prefill import CompiledPrefill, dense_prefill, is_prefilling, tells_boundaries
 from mmcompile.report import describe_records
@@ -43,7 +44,12 @@ def mminference(
     """
     parsed = Options.parse(options)
     # Where the prompt's grids are told, no stride is searched, and one arrangement of the tokens serves all layers.
-    rewritten = run_passes(module, **parsed.for_passes, search_strides=not tells_boundaries(module))
+    rewritten = run_passes(
+        module,
+        **parsed.for_passes,
+        search_strides=not tells_boundaries(module),
+        compiler=f"{parsed.inner}, mode={mode}",
+    )
     _log(rewritten.records, rewritten.module)
     if isinstance(parsed.patterns, PatternTable):
         parsed.patterns.require_sites(rewritten.records)
@@ -55,15 +61,22 @@ def mminference(
         compiled = inner(rewritten.module, list(example_inputs))
         is_prefill = any(record.phase == "prefill" for record in rewritten.records)
         return dense_prefill(compiled, module, rewritten.records) if is_prefill else compiled
-    inputs = [*example_inputs, *rewritten.boundaries.examples]
-    sparse, short = partial(_compile_sparse, inner), rewritten.short
-    if short is None:
-        return CompiledPrefill(sparse(rewritten.module, inputs), rewritten)
-    # Whoever runs short prompts alone, or long ones, waits for one compilation.
-    if short.now:
-        dense = inner(short.module, list(example_inputs))
-        return CompiledPrefill(CompiledLater(sparse, rewritten.module), rewritten, dense)
-    return CompiledPrefill(sparse(rewritten.module, inputs), rewritten, CompiledLater(inner, short.module))
+    inputs = [*example_inputs, *map(fake_value, rewritten.added)]
+    sparse, short, long = partial(_compile_sparse, inner), rewritten.short, rewritten.long
+    # Whoever runs short prompts alone, or long ones, or very long ones, waits for one compilation.
+    is_short = short is not None and short.now
+    is_long = not is_short and long is not None and long.now
+    compiled = _form(sparse, rewritten.module, inputs, now=not is_short and not is_long)
+    dense = None if short is None else _form(inner, short.module, list(example_inputs), now=is_short)
+    chunked = None if long is None else _form(sparse, long.module, inputs, now=is_long)
+    if long is not None:
+        compile_stretches_later(inner, long.chunked)
+    return CompiledPrefill(compiled, rewritten, dense, chunked, parsed.check_bound)
+
+
+def _form(compiler: CompiledFunction, module: fx.GraphModule, inputs: list[Any], *, now: bool) -> CompiledFunction:
+    compiled: CompiledFunction = compiler(module, inputs) if now else CompiledLater(compiler, module)
+    return compiled
 
 
 def _compile_sparse(inner: CompiledFunction, module: fx.GraphModule, inputs: list[Any]) -> CompiledFunction:

@@ -34,15 +34,32 @@ def prefilled(cache: Any) -> Iterator[None]:
         cache.offloading = True
     for index in range(len(cache.layers)):
         cache.offload(index, cache.only_non_sliding)
-    wait_for_copies(cache)
     # What the next call starts with has to be on its way to the device, as after an update of the last layer.
-    cache.prefetch(0, cache.only_non_sliding)
+    with fetching_in_order(cache):
+        cache.prefetch(0, cache.only_non_sliding)
 
 
-def wait_for_copies(cache: Any) -> None:
-    """Fetch nothing from the host before it has arrived there: early versions of transformers leave this out."""
-    if _has_stream(cache):
+@contextmanager
+def fetching_in_order(cache: Any) -> Iterator[None]:
+    """Fetch nothing from the host before it has arrived there, and into no memory that is still read.
+
+    Early versions of transformers fetch on a stream of their own without waiting: keys of a layer then turn into those
+    of the next one where the device is behind the host.
+    """
+    if not _has_stream(cache):
+        yield
+        return
+    fetch = cache.prefetch
+
+    def fetch_after(*args: Any, **kwargs: Any) -> None:
         cache.prefetch_stream.wait_stream(torch.cuda.current_stream())
+        fetch(*args, **kwargs)
+
+    cache.prefetch = fetch_after
+    try:
+        yield
+    finally:
+        del cache.prefetch
 
 
 def _has_stream(cache: Any) -> bool:

@@ -16,6 +16,7 @@ from mmcompile.bench.command import bench
 from mmcompile.console import out, progress_console, steps, write
 from mmcompile.errors import MMCompileError, OptionError
 from mmcompile.export_command import explain_file, export, run
+from mmcompile.needle.command import needle
 from mmcompile.pattern_search.command import search
 from mmcompile.pictures.command import plot
 
@@ -30,6 +31,7 @@ app.add_typer(bench, name="bench")
 app.command()(search)
 app.command()(export)
 app.command()(run)
+app.command()(needle)
 app.add_typer(plot, name="plot")
 
 

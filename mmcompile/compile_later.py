@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from mmcompile.passes.chunk_tokens import Chunked
 from mmcompile.passes.graph import copy_graph, expression, fake_value, placeholders
 
 log = logging.getLogger(__name__)
@@ -32,11 +34,18 @@ class CompiledLater:
     """A graph that `inner` compiles for the first inputs that come, and again for those that its code cannot serve.
 
     inner: as a backend of `torch.compile`. Sizes that are symbols among the graph's inputs stay symbols.
+    symbols: says of each input which they are, where the graph was not traced: as `ChunkedStretch` has them.
     """
 
-    def __init__(self, inner: Compiled, module: fx.GraphModule) -> None:
+    def __init__(
+        self, inner: Compiled, module: fx.GraphModule, symbols: Sequence[tuple[Any, ...]] | None = None
+    ) -> None:
         self._inner = inner
-        self._inputs = [_Input.of(node) for node in placeholders(module.graph)]
+        nodes = placeholders(module.graph)
+        if symbols is None:
+            self._inputs = [_Input.of(node) for node in nodes]
+        else:
+            self._inputs = [_Input.named(node.name, sizes) for node, sizes in zip(nodes, symbols, strict=True)]
         self._module = copy_graph(module)
         for node in self._module.graph.nodes:
             for name in _OF_ITS_TRACE:
@@ -68,6 +77,13 @@ class CompiledLater:
         log.info("compiled after tracing; it serves inputs for which: %s", assumed and assumed.text)
         self._forms.append(_Form(compiled, assumed))
         return self._forms[-1]
+
+
+def compile_stretches_later(inner: Compiled, chunked: Chunked) -> None:
+    """Have `inner` compile each kind of stretch when it first runs, unless another graph's is the same."""
+    for kind in chunked.kinds.values():
+        if isinstance(kind.stretch.run, fx.GraphModule):
+            kind.stretch.run = CompiledLater(inner, kind.stretch.run, kind.symbols)
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,15 @@ class _Input:
         value = fake_value(node)
         sizes = (value,) if isinstance(value, torch.SymInt) else getattr(value, "shape", ())
         symbols = tuple(expression(size) if isinstance(size, torch.SymInt) else None for size in sizes)
-        return cls(dynamo_node._dynamo_source, symbols if any(symbol is not None for symbol in symbols) else ())
+        return cls._with(dynamo_node._dynamo_source, symbols)
+
+    @classmethod
+    def named(cls, name: str, symbols: tuple[Any, ...]) -> "_Input":
+        return cls._with(LocalSource(name), symbols)
+
+    @classmethod
+    def _with(cls, source: Any, symbols: tuple[Any, ...]) -> "_Input":
+        return cls(source, symbols if any(symbol is not None for symbol in symbols) else ())
 
     def fake(self, value: Any, mode: FakeTensorMode) -> Any:
         """A stand-in for `value`, with symbols where the tracer had them."""

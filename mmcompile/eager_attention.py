@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcompile.check_bound import send, warn_of_arrived
 from mmcompile.errors import OptionError
-from mmcompile.kernels.attend import sparse_attention
+from mmcompile.kernels.attend import plan_attention
 from mmcompile.kernels.check_inputs import DTYPES, MAX_HEAD_DIM
 from mmcompile.kernels.patterns import HeadPattern
 from mmcompile.kernels.which_kernel import SPARSE_FROM
 from mmcompile.modality import bound_tensors, unknown_boundaries
 from mmcompile.options import Options
-from mmcompile.prefill import DenseSite, SparseSite, keep_site
+from mmcompile.prefill import DenseSite, SparseSite, bound_of, keep_site, next_seed
 from mmcompile.tables import PatternTable
 
 log = logging.getLogger(__name__)
 
-_OPTIONS = ("patterns", "density", "recall", "min_tokens")
+_OPTIONS = ("patterns", "density", "recall", "min_tokens", "check", "check_bound")
 # Arguments of an attention that change what it computes, and that the kernels do not have.
 _UNKNOWN_HERE = ("softcap", "s_aux", "position_bias", "cache")
 
@@ -37,8 +38,8 @@ _UNKNOWN_HERE = ("softcap", "s_aux", "position_bias", "cache")
 def register_attention(name: str = "mminference", **options: Any) -> None:
     """Register an attention with transformers, for `attn_implementation=name` and `set_attn_implementation(name)`.
 
-    options: `patterns`, `density`, `recall` and `min_tokens`, as in `Options`. They belong to the name: others go
-    under another name, and registering a name again replaces them for every model that uses it.
+    options: `patterns`, `density`, `recall`, `min_tokens`, `check` and `check_bound`, as in `Options`. They belong to
+    the name: others go under another name, and registering a name again replaces them for every model that uses it.
 
     A causal prefill of at least `min_tokens` keys, 32768 by default, runs sparse; decode steps, towers, training,
     dropout and masks that are more than causal, sliding window and padding run as transformers' own "sdpa". Boundaries
@@ -148,10 +149,9 @@ class _Attention:
             self._options.patterns.require_geometry(query.shape[1], key.shape[1], query.shape[3])
         patterns = _patterns_of(module, chosen["patterns"])
         boundaries = bound_tensors(query.device, query.shape[0], query.shape[2])
-        attended = sparse_attention(
+        planned = plan_attention(
             query,
             key,
-            value,
             patterns,
             unknown_boundaries(query.device) if boundaries is None else boundaries,
             scale=scaling,
@@ -164,8 +164,16 @@ class _Attention:
         of_head = (patterns,) * query.shape[1] if isinstance(patterns, HeadPattern) else patterns
         rows = tuple(range(len(of_head)))
         site = SparseSite(type(module).__name__, _layer(module), of_head, rows, chosen["recall"])
-        keep_site(module, site, attended.density, attended.recall)
-        return attended.output.transpose(1, 2)
+        output = planned.attend(query, value)
+        figures: tuple[Tensor, ...] = (planned.of_heads(planned.density), planned.of_heads(planned.recall))
+        warn_of_arrived()
+        if self._options.check is not None:
+            seed = next_seed(query.device)
+            figures += planned.compare(query, value, output, seed, self._options.check)
+        if self._options.check_bound is not None:
+            send(bound_of(self._options.check_bound, [site]), figures[2:3])
+        keep_site(module, site, *figures)
+        return output.transpose(1, 2)
 
     def _keep_dense(self, module: nn.Module, query: Tensor, why: str, arguments: Mapping[str, Any]) -> None:
         """Say in `stats` that a prefill's attention ran on torch's; towers and decode steps are not its business."""

@@ -146,7 +146,7 @@ def explain_file(path: Path) -> tuple[Report, ProgramRecord]:
     record = packed_record(path) if is_package(path) else record_of(torch.export.load(path))
     if record is None:
         raise ExportError(f"{path}: nothing of mmcompile's is in it; mmcompile.transform makes a program sparse")
-    return Report(record.sites, 1, (), ()), record
+    return Report(record.sites, 1, (), (), ()), record
 
 
 def parse_tokens(text: str) -> int:

@@ -36,6 +36,14 @@ class Options:
     inner: the backend that compiles the rewritten graph: "inductor", "aot_eager", "eager", or any other
         registered name.
     disable: names of passes to leave out.
+    chunk_tokens: in prefills of more tokens than this, what lies between two attentions runs on so many tokens at a
+        time, which saves memory. None for what suits the device (`kernels/in_chunks.py`); 0 runs all tokens at once.
+    check: share of the query tiles, over all heads, that each sparse prefill compares with dense attention, in (0, 1];
+        other tiles each time. `mmcompile.stats` then has the true error and recall of the heads that were drawn. None
+        compares nothing and costs nothing.
+    check_bound: with `check`, warn (`mmcompile.CheckWarning`) of heads whose checked output is further from dense,
+        ||output - dense|| / ||dense||. The prefill waits for nothing: the warning comes with the call after it (a
+        decode step of `mmcompile.compile`, another prefill, `stats`).
     """
 
     patterns: str | HeadPattern | PatternTable = "auto"
@@ -45,17 +53,26 @@ class Options:
     strict: bool = False
     inner: str = "inductor"
     disable: tuple[str, ...] = ()
+    chunk_tokens: int | None = None
+    check: float | None = None
+    check_bound: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", _load_patterns(self.patterns))
         object.__setattr__(self, "disable", _checked_disable(self.disable))
-        for name in ("density", "recall"):
+        for name in ("density", "recall", "check"):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or not 0 < value <= 1):
                 raise OptionError(f"{name}={value!r}: must be a number in (0, 1], or None")
-        least = self.min_tokens
-        if least is not None and (not isinstance(least, int) or isinstance(least, bool) or least < 0):
-            raise OptionError(f"min_tokens={least!r}: must be an integer of at least 0, or None")
+        for name in ("min_tokens", "chunk_tokens"):
+            tokens = getattr(self, name)
+            if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0):
+                raise OptionError(f"{name}={tokens!r}: must be an integer of at least 0, or None")
+        bound = self.check_bound
+        if bound is not None and (not _is_number(bound) or not bound > 0):
+            raise OptionError(f"check_bound={bound!r}: must be a number above 0, or None")
+        if bound is not None and self.check is None:
+            raise OptionError(f"check_bound={bound!r}: nothing is checked without check, such as check=0.01")
         if not isinstance(self.strict, bool):
             raise OptionError(f"strict={self.strict!r}: must be True or False")
         others = set(list_backends(exclude_tags=())) - {"mminference"}
@@ -87,6 +104,8 @@ class Options:
             "recall": self.recall,
             "min_tokens": self.min_tokens,
             "disable": self.disable,
+            "chunk": self.chunk_tokens,
+            "check": self.check,
         }
 
     @property

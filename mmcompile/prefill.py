@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 import sympy
@@ -15,6 +16,7 @@ from torch import fx, nn
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from mmcompile.check_bound import Bound, send, warn_of_arrived
 from mmcompile.input_boundaries import BoundaryTensors, boundaries_from_positions, is_multimodal_positions
 from mmcompile.kernels.patterns import HeadPattern, plan_rows
 from mmcompile.modality import ModalityBoundaries, bound_boundaries, bound_tensors, unknown_boundaries
@@ -33,12 +35,17 @@ class HeadStats:
     of them: in a prompt of a few tiles density can be above the cap, and above 1. recall: estimated share of the
     attention that they hold; None where the pattern is known beforehand, so that nothing was estimated. target: the
     share that was asked for; None where none was.
+    With the option `check`, of the head's query tiles that were compared with dense attention: error is
+    ||output - dense|| / ||dense||, true_recall the share of the attention that was computed. None where no tile of the
+    head was drawn.
     """
 
     pattern: str
     density: float
     recall: float | None
     target: float | None
+    error: float | None = None
+    true_recall: float | None = None
 
     @property
     def falls_short(self) -> bool:
@@ -64,12 +71,22 @@ class SiteStats:
     @property
     def recall(self) -> float | None:
         """The mean estimated recall of the heads that have one."""
-        known = [head.recall for head in self.heads if head.recall is not None]
-        return sum(known) / len(known) if known else None
+        return _mean(head.recall for head in self.heads)
+
+    @property
+    def error(self) -> float | None:
+        """The mean error of the heads that were checked."""
+        return _mean(head.error for head in self.heads)
+
+    @property
+    def true_recall(self) -> float | None:
+        """The mean true recall of the heads that were checked."""
+        return _mean(head.true_recall for head in self.heads)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
-        return asdict(self) | {"patterns": list(self.patterns), "recall": self.recall}
+        means = {"recall": self.recall, "error": self.error, "true_recall": self.true_recall}
+        return asdict(self) | {"patterns": list(self.patterns)} | means
 
 
 @dataclass(frozen=True)
@@ -85,16 +102,22 @@ class SparseSite:
     rows: tuple[int, ...]
     recall: float | None
 
-    def stats(self, density: torch.Tensor, recall: torch.Tensor) -> SiteStats:
-        """density, recall: float [B, P]."""
+    def stats(self, density: torch.Tensor, recall: torch.Tensor, *checked: torch.Tensor) -> SiteStats:
+        """density, recall: float [B, P]. checked: error and true recall, float [H] each, or nothing."""
         densities, recalls = (figure.float().mean(0).tolist() for figure in (density, recall))
+        of_heads = [[*map(_known, figure.tolist())] for figure in checked] or [[None] * len(self.rows)] * 2
         heads = [
-            HeadStats(str(pattern), densities[row], _known(recalls[row]), self._target(pattern))
-            for pattern, row in zip(self.patterns, self.rows, strict=True)
+            HeadStats(str(pattern), densities[row], _known(recalls[row]), self._target(pattern), *found)
+            for pattern, row, *found in zip(self.patterns, self.rows, *of_heads, strict=True)
         ]
         mean = sum(head.density for head in heads) / len(heads)
         names = tuple(dict.fromkeys(str(pattern) for pattern in self.patterns))
         return SiteStats(self.module_path, self.layer, mean, names, tuple(heads))
+
+    def head_names(self) -> tuple[str, ...]:
+        """How a warning names each head."""
+        where = self.module_path if self.layer is None else f"layer {self.layer}"
+        return tuple(f"{where} head {head}" for head in range(len(self.rows)))
 
     def _target(self, pattern: HeadPattern) -> float | None:
         if pattern.kind != "top_p":
@@ -117,6 +140,11 @@ class DenseSite:
 
 def _known(figure: float) -> float | None:
     return None if math.isnan(figure) else figure
+
+
+def _mean(figures: Iterable[float | None]) -> float | None:
+    known = [figure for figure in figures if figure is not None]
+    return sum(known) / len(known) if known else None
 
 
 _prefilling: ContextVar[bool] = ContextVar("prefilling", default=False)
@@ -148,11 +176,11 @@ class CallBoundaries:
         self._device = fake_value(site.query).device
         self._positions = _find_positions(inputs, site.batch, site.query_length)
         self._batch = _find_size(inputs, site.batch)
-        self._length = _find_size(inputs, site.query_length)
+        self.length = _find_size(inputs, site.query_length)
 
     def of(self, inputs: Sequence[Any]) -> BoundaryTensors:
         """Of a call with these inputs."""
-        batch, length = (None if read is None else read(inputs) for read in (self._batch, self._length))
+        batch, length = (None if read is None else read(inputs) for read in (self._batch, self.length))
         bound = bound_tensors(self._device, batch, length)
         if bound is not None:
             return bound
@@ -162,18 +190,27 @@ class CallBoundaries:
 
 
 class CompiledPrefill:
-    """A compiled graph whose last inputs are the boundaries and whose last outputs are densities and recalls.
+    """A compiled graph whose last inputs are the boundaries and whose last outputs are the sites' figures: density and
+    recall of each, and with a check, whose seed is one more input, error and true recall.
 
-    Where fewer keys come than `min_tokens`, the graph's short form serves, and none of this runs.
+    Where fewer keys come than `min_tokens`, the graph's short form serves, and none of this runs. Where many tokens
+    come, its long form serves.
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], rewritten: Rewritten, short: Callable[..., Any] | None = None
+        self,
+        compiled: Callable[..., Any],
+        rewritten: Rewritten,
+        short: Callable[..., Any] | None = None,
+        long: Callable[..., Any] | None = None,
+        check_bound: float | None = None,
     ) -> None:
-        """compiled: of `rewritten.module`. short: of the module in `rewritten.short`, if it has one."""
+        """compiled: of `rewritten.module`. short, long: of the modules in its `short` and `long`, if it has them.
+        check_bound: the option."""
         site = rewritten.sparse[0].site
-        own = placeholders(rewritten.module.graph)[: -len(rewritten.boundaries.nodes)]  # type: ignore[union-attr]
-        self._compiled, self._short = compiled, short
+        own = placeholders(rewritten.module.graph)[: -len(rewritten.added)]
+        self._compiled, self._short, self._long = compiled, short, long
+        self._chunks = rewritten.long  # what it runs in chunks is known as long as it is kept
         self._key_length = _find_size(own, site.key_length)
         self._min_tokens = 0 if rewritten.short is None else rewritten.short.min_tokens
         self._dense_sites = _dense_sites(one for one in rewritten.records if one.reason in CAUSAL_PREFILL)
@@ -189,17 +226,43 @@ class CompiledPrefill:
         )
         self._boundaries = CallBoundaries(own, site)
         self._parameter = _find_parameter(own)
+        self._seed_device = None if rewritten.check is None else fake_value(site.query).device
+        self._bound = None if check_bound is None else bound_of(check_bound, self._sites)
 
     def __call__(self, *inputs: Any) -> Any:
         if self._short is not None and self._key_length is not None and self._key_length(inputs) < self._min_tokens:
             if self._parameter is not None:
                 _last_prefills.keep(inputs[self._parameter], self._dense_sites, ())
             return self._short(*inputs)
-        outputs = self._compiled(*inputs, *self._boundaries.of(inputs))
-        own = len(outputs) - 2 * len(self._sites)
+        warn_of_arrived()
+        seed = () if self._seed_device is None else (next_seed(self._seed_device),)
+        compiled = self._long if self._long is not None and self._is_long(inputs) else self._compiled
+        outputs = compiled(*inputs, *self._boundaries.of(inputs), *seed)
+        of_site = 2 if self._seed_device is None else 4
+        own = len(outputs) - of_site * len(self._sites)
         if self._parameter is not None:
             _last_prefills.keep(inputs[self._parameter], self._sites, outputs[own:])
+        if self._bound is not None:
+            send(self._bound, outputs[own + 2 :: of_site])
         return outputs[:own]
+
+    def _is_long(self, inputs: Sequence[Any]) -> bool:
+        length = self._boundaries.length
+        return self._chunks is not None and length is not None and length(inputs) > self._chunks.tokens
+
+
+_prefills = count()
+
+
+def next_seed(device: torch.device) -> torch.Tensor:
+    """Which query tiles the next prefill compares with dense attention: int64 [1]."""
+    # Filled on the device: a copy from the host would wait for what the device is doing.
+    return torch.full((1,), next(_prefills), dtype=torch.int64, device=device)
+
+
+def bound_of(error: float, sites: Iterable[SparseSite]) -> Bound:
+    """The bound on the errors of some sites, in their order."""
+    return Bound(error, tuple(name for site in sites for name in site.head_names()))
 
 
 def dense_prefill(
@@ -304,7 +367,7 @@ class _LastPrefills:
     def keep(
         self, parameter: torch.Tensor, sites: tuple[SparseSite | DenseSite, ...], figures: Sequence[torch.Tensor]
     ) -> None:
-        """figures: density and recall of each of the sites, if they are sparse."""
+        """figures: those of each of the sites in turn, if they are sparse, as `SparseSite.stats` takes them."""
         key = id(parameter)
 
         def forget(_: object) -> None:
@@ -324,7 +387,8 @@ class _LastPrefills:
             kept = self._kept.get(id(parameter))
             if kept is not None and kept[0]() is parameter:
                 _, sites, figures = kept
-                stats += [site.stats(*figures[2 * i : 2 * i + 2]) for i, site in enumerate(sites)]
+                each = len(figures) // max(1, len(sites))
+                stats += [site.stats(*figures[each * i : each * (i + 1)]) for i, site in enumerate(sites)]
         return stats
 
 
@@ -334,8 +398,10 @@ _last_prefills = _LastPrefills()
 def stats(model: nn.Module) -> list[SiteStats]:
     """What each rewritten attention of `model` did in its last prefill, in execution order.
 
-    Empty before the first prefill, and where nothing was rewritten. Waits for the device.
+    Empty before the first prefill, and where nothing was rewritten. Waits for the device, and warns of what the option
+    `check_bound` does not allow.
     """
+    warn_of_arrived(wait=True)
     return _last_prefills.of(model)
 
 

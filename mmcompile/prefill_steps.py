@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmcompile.caches import is_offloaded, prefilled, wait_for_copies
+from mmcompile.caches import fetching_in_order, is_offloaded, prefilled
+from mmcompile.check_bound import warn_of_arrived
 from mmcompile.encode_first import EncodeFirst, encodes_first, without_checks
 from mmcompile.input_boundaries import boundary_tensors_of
 from mmcompile.modality import bind, bound_boundaries
@@ -38,9 +39,10 @@ def with_prefill_steps(model: nn.Module, compiled: Callable[..., Any]) -> Callab
             return model._call_impl(*args, **kwargs)
         cache = inputs.get("past_key_values")
         if is_decode_step(inputs):
+            warn_of_arrived()
             if is_offloaded(cache):
-                wait_for_copies(cache)
-                return model._call_impl(*args, **kwargs)
+                with fetching_in_order(cache):
+                    return model._call_impl(*args, **kwargs)
             with tracing():
                 return compiled(*args, **kwargs)
         forget_stats(model)

@@ -37,12 +37,14 @@ class Report:
 
     sites: one record an attention. graph_count: graphs that Dynamo made of the call. breaks: why it broke.
     no_cuda_graph: of each graph that is left out of CUDA graphs, should a mode turn them on, the reason.
+    chunks: of each graph with sparse sites, how many tokens run at a time between attentions.
     """
 
     sites: tuple[SiteRecord, ...]
     graph_count: int
     breaks: tuple[str, ...]
     no_cuda_graph: tuple[str, ...]
+    chunks: tuple[str, ...]
 
     @property
     def sparse_count(self) -> int:
@@ -55,6 +57,7 @@ class Report:
             "graph_count": self.graph_count,
             "breaks": list(self.breaks),
             "no_cuda_graph": list(self.no_cuda_graph),
+            "chunks": list(self.chunks),
             "sparse": self.sparse_count,
             "dense": len(self.sites) - self.sparse_count,
             "sites": [site.to_dict() for site in self.sites],
@@ -81,6 +84,7 @@ class Report:
             f"{self.sparse_count} sparse, {dense} dense, in {self.graph_count} graphs "
             f"with {len(self.breaks)} graph breaks"
             + "".join(f"; sparse ones run on {kernel}" for kernel in kernels)
+            + "".join(f"; between attentions {how}" for how in dict.fromkeys(self.chunks))
             + "".join(f"; left out of CUDA graphs: {why}" for why in dict.fromkeys(self.no_cuda_graph))
         )
 
@@ -181,13 +185,19 @@ def explain(model: Callable[..., Any] | ExportedProgram, *args: Any, **kwargs: A
                 torch.compile(model, backend=recorder)(*args, **kwargs)
     finally:
         torch.compiler.reset()
-    return Report(tuple(recorder.records), recorder.graph_count, tuple(recorder.breaks), tuple(recorder.no_cuda_graph))
+    return Report(
+        tuple(recorder.records),
+        recorder.graph_count,
+        tuple(recorder.breaks),
+        tuple(recorder.no_cuda_graph),
+        tuple(recorder.chunks),
+    )
 
 
 def _of_program(program: ExportedProgram, options: Any) -> Report:
     from mmcompile.transform_program import record_program  # here, because what it imports imports this file
 
-    return Report(record_program(program, Options.parse(options)).sites, 1, (), ())
+    return Report(record_program(program, Options.parse(options)).sites, 1, (), (), ())
 
 
 def _with_encoders_run(
@@ -224,6 +234,7 @@ class _Recorder:
         self.records: list[SiteRecord] = []
         self.breaks: list[str] = []
         self.no_cuda_graph: list[str] = []
+        self.chunks: list[str] = []
         self.graph_count = 0
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -233,6 +244,8 @@ class _Recorder:
             self.breaks.append(_describe_break(reason))
         rewritten = run_passes(module, **self.options.for_passes)
         self.records += rewritten.records
+        if rewritten.chunks:
+            self.chunks.append(rewritten.chunks)
         why = why_no_cuda_graph(rewritten)
         if why is not None:
             self.no_cuda_graph.append(why)

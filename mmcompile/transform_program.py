@@ -81,7 +81,7 @@ def rewrite(program: ExportedProgram, options: Options) -> tuple[Rewritten, Prog
     """The passes on a program's graph, and the record of it; the program stays as it is."""
     module = copy_graph(program.graph_module)
     simplify(module)
-    arguments = options.for_passes | {"min_tokens": 0}
+    arguments = options.for_passes | {"min_tokens": 0, "chunk": 0}
     rewritten = run_passes(module, **arguments, search_strides=not tells_boundaries(module))
     return rewritten, ProgramRecord.of(rewritten.records, _settings(options, rewritten.records))
 

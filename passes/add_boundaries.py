@@ -1,4 +1,4 @@
-"""Make the modality boundaries inputs of the graph, so that new boundaries never recompile."""
+"""Make the modality boundaries inputs of the graph, so that new ones never recompile, and what a check draws by."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from mmcompile.passes.graph import fake_value, placeholders, set_fake_value
 
 BOUNDARY_NAMES = ("modality_offsets", "modality", "modality_grid")
+SEED_NAME = "check_seed"
 # Any count above 1 will do: sizes 0 and 1 are the ones a tracer specialises on.
 _SEGMENTS = 4
 
@@ -29,28 +30,30 @@ class BoundaryInputs:
     def nodes(self) -> tuple[fx.Node, fx.Node, fx.Node]:
         return self.offsets, self.modality, self.grid
 
-    @property
-    def examples(self) -> list[Any]:
-        """Example values for the inner compiler, in input order."""
-        return [fake_value(node) for node in self.nodes]
-
 
 def add_boundaries(module: fx.GraphModule, device: torch.device) -> BoundaryInputs:
     """Append the boundary placeholders after the graph's own inputs, the number of segments M dynamic."""
-    graph = module.graph
     shapes = ((_SEGMENTS + 1,), (_SEGMENTS,), (_SEGMENTS, 3))
-    inputs = placeholders(graph)
-    mode = _fake_mode(inputs)
-    nodes = []
-    after = inputs[-1]
-    for name, shape in zip(BOUNDARY_NAMES, shapes, strict=True):
-        with graph.inserting_after(after):
-            node = graph.placeholder(name)
-        set_fake_value(node, _example(name, shape, device, mode))
-        node._dynamo_source = ConstantSource(name)
-        nodes.append(node)
-        after = node
+    mode = _fake_mode(placeholders(module.graph))
+    examples = (_example(name, shape, device, mode) for name, shape in zip(BOUNDARY_NAMES, shapes, strict=True))
+    nodes = [_append_input(module.graph, *one) for one in zip(BOUNDARY_NAMES, examples, strict=True)]
     return BoundaryInputs(*nodes)
+
+
+def add_seed(module: fx.GraphModule, device: torch.device) -> fx.Node:
+    """Append a placeholder, int64 [1]: which query tiles a prefill compares with dense attention."""
+    mode = _fake_mode(placeholders(module.graph))
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    example = seed if mode is None else mode.from_tensor(seed, static_shapes=True, source=ConstantSource(SEED_NAME))
+    return _append_input(module.graph, SEED_NAME, example)
+
+
+def _append_input(graph: fx.Graph, name: str, example: torch.Tensor) -> fx.Node:
+    with graph.inserting_after(placeholders(graph)[-1]):
+        node = graph.placeholder(name)
+    set_fake_value(node, example)
+    node._dynamo_source = ConstantSource(name)
+    return node
 
 
 def _example(name: str, shape: tuple[int, ...], device: torch.device, mode: Any) -> torch.Tensor:

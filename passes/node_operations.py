@@ -182,9 +182,14 @@ _LAYERS = (
 _NEW_MEMORY = frozenset((*_NUMERIC, *_INTEGER, *_LOGICAL, *_CHOICES, *_COPIES, *_FILLED, *_LAYERS))
 
 
+def _returns_new_memory(node: fx.Node) -> bool:
+    """Whether it is one of our own ops; a schema of another's may promise what its code does not keep."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "mminference"
+
+
 def _may_share_memory(node: fx.Node, source: fx.Node) -> bool:
     name = operation(node)
-    if name in _NEW_MEMORY:
+    if name in _NEW_MEMORY or _returns_new_memory(node):
         return False
     value, other = fake_value(node), fake_value(source)
     if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):

@@ -55,11 +55,20 @@ class PlanNodes:
 
 @dataclass
 class RewriteResult:
-    """What the rewrite changed: each rewritten site with its plan, and how many plans and arrangements serve them."""
+    """What the rewrite changed: the figures of each rewritten site, float32 tensors as nodes, and how many plans and
+    arrangements serve them. Figures: density and estimated recall [B, P]; of a check, error and true recall [H]."""
 
-    planned: list[tuple[Decision, PlanNodes]] = field(default_factory=list)
+    figures: list[tuple[fx.Node, ...]] = field(default_factory=list)
     plans: int = 0
     arrangements: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """What share of the query tiles is compared with dense attention, and the input that says which."""
+
+    share: float
+    seed: fx.Node
 
 
 @dataclass(frozen=True)
@@ -72,9 +81,13 @@ class Budget:
 
 
 def rewrite_attention(
-    module: fx.GraphModule, decisions: Sequence[Decision], boundaries: BoundaryInputs, budget: Budget
+    module: fx.GraphModule,
+    decisions: Sequence[Decision],
+    boundaries: BoundaryInputs,
+    budget: Budget,
+    check: Check | None = None,
 ) -> RewriteResult:
-    """Rewrite the sparse decisions in place.
+    """Rewrite the sparse decisions in place, and with `check` compare some of what they compute with dense attention.
 
     Sites with the same mask, lengths and orders share one arrangement, and one plan where their patterns are the same
     and known beforehand: what is estimated from queries and keys is each site's own.
@@ -83,7 +96,7 @@ def rewrite_attention(
     arrangements: dict[Any, ArrangementNodes] = {}
     plans: dict[Any, PlanNodes] = {}
     replaced: dict[fx.Node, fx.Node] = {}
-    for decision in decisions:
+    for index, decision in enumerate(decisions):
         site = _Site(module.graph, _after(decision, replaced), boundaries, budget)
         with module.graph.inserting_before(decision.site.node):
             key = site.mask_key, site.orders, decision.site.node if site.searches else None
@@ -94,8 +107,11 @@ def rewrite_attention(
             if plan_key not in plans:
                 plans[plan_key] = site.plan(arrangements[key])
             output = site.attend(arrangements[key], plans[plan_key])
+            figures: tuple[fx.Node, ...] = plans[plan_key].density, plans[plan_key].recall
+            if check is not None:
+                figures += site.compare(output, arrangements[key], plans[plan_key], check, index)
             replaced[decision.site.node] = replace_attention(module.graph, decision.site.node, output)
-        result.planned.append((decision, plans[plan_key]))
+        result.figures.append(figures)
     result.plans, result.arrangements = len(plans), len(arrangements)
     erase_if_unused(module.graph, dict.fromkeys(decision.site.mask for decision in decisions))
     return result
@@ -187,23 +203,33 @@ class _Site:
             query = call(
                 self.graph, _OPS.permute.default, (query, arrangement.query_order, plan.query_row, heads, of_head)
             )
-        arguments = (
-            query,
-            self.key,
-            self.value,
-            arrangement.query_tags,
-            arrangement.key_tags,
-            *plan.lists,
-            of_head,
-            list(self.copies.of_head(int(self.site.heads))),
-            self.scale,
-            *self._mask_parts(),
-        )
+        arguments = (query, self.key, self.value, *self._walk(arrangement, plan))
         output = call(self.graph, _OPS.block_sparse_attention.default, arguments)
         if permutes:
             unpermuted = (output, arrangement.query_order, plan.query_row, of_head)
             output = call(self.graph, _OPS.unpermute.default, unpermuted)
         return output
+
+    def compare(
+        self, output: fx.Node, arrangement: ArrangementNodes, plan: PlanNodes, check: Check, index: int
+    ) -> tuple[fx.Node, ...]:
+        """Error and true recall of each head. index: of the site."""
+        tensors = (self.query, self.key, self.value, output, arrangement.query_order)
+        drawn = (check.seed, index, check.share)
+        arguments = (*tensors, *self._walk(arrangement, plan), *drawn)
+        return tuple(self._outputs(_OPS.compare_with_dense.default, arguments))
+
+    def _walk(self, arrangement: ArrangementNodes, plan: PlanNodes) -> tuple[Any, ...]:
+        """What the ops over a plan take besides queries, keys and values."""
+        return (
+            arrangement.query_tags,
+            arrangement.key_tags,
+            *plan.lists,
+            list(self.rows.of_head),
+            list(self.copies.of_head(int(self.site.heads))),
+            self.scale,
+            *self._mask_parts(),
+        )
 
     def _mask_parts(self) -> tuple[int | None, bool, bool]:
         return self.spec.window, self.spec.query_segment is not None, self.spec.query_span is not None

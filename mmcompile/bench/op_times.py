@@ -12,6 +12,7 @@ PARTS = {
     "permute": "permutations",
     "unpermute": "permutations",
     "block_sparse_attention": "attention",
+    "compare_with_dense": "check",
 }
 
 

@@ -9,10 +9,12 @@ from mmcompile.pattern_search.layer_search import Evaluation
 from mmcompile.tables import FrontPoint
 
 _ALMOST = 1 + 1e-9  # sums of the same times in another order are the same time
+# What an error has to fall by to be worth any time: dense attention in bfloat16 is itself 0.002 from the exact one.
+ROUNDING = 0.004
 
 
 def front(evaluations: Sequence[Evaluation], head: int) -> tuple[FrontPoint, ...]:
-    """What no cheaper pattern of a head does as well, by rising ms and falling error."""
+    """What no cheaper pattern of a head does as well but for rounding, by rising ms and falling error."""
     points = sorted(
         (
             FrontPoint(one.patterns[head], one.ms[head], one.density[head], one.error[head], _known(one.recall[head]))
@@ -23,7 +25,7 @@ def front(evaluations: Sequence[Evaluation], head: int) -> tuple[FrontPoint, ...
     )
     kept: list[FrontPoint] = []
     for point in points:
-        if not kept or point.error < kept[-1].error:
+        if not kept or point.error < kept[-1].error - ROUNDING:
             kept.append(point)
     return tuple(kept)
 

@@ -1,12 +1,12 @@
-"""Candidates brought to equal measured kernel time, and what a head costs at the density that it got."""
+"""Candidates brought to equal measured time, planning in it, and what a head costs at the density that it got."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmcompile.bench.timing import time_call
-from mmcompile.kernels.attend import Planned
+from mmcompile.bench.timing import time_on_device
+from mmcompile.kernels.attend import Arranged
 from mmcompile.kernels.patterns import TILE, HeadPattern
 from mmcompile.pattern_search.candidates import REFERENCE, Sizing, capped
 from mmcompile.pattern_search.score import LayerAttention
@@ -16,13 +16,16 @@ WANTED = LEVELS.index(1.0)
 TOLERANCE = 0.03  # of a time
 _MOST_SIZES = 4  # that are measured for one candidate and level
 _REPEATS = 3
-_LEAD = 0.5  # ms of idling before a run: the host is done launching when the clock starts
+_PLAN_RANK = ("dense", "a_shape", "tri_shape", "sf_fixed", "sf_strided", "vertical_slash", "grid", "columns", "top_p")
 
 
-def kernel_ms(attention: LayerAttention, planned: Planned) -> float:
-    """Measured time of a planned attention, copies into its orders and back among it; planning is not."""
+def attention_ms(attention: LayerAttention, arranged: Arranged) -> tuple[float, float]:
+    """The measured time of planning and computing an attention, copies into its orders and back among it, and the mean
+    density of its heads. Orders are not in it: a prefill makes them once for all layers."""
     seen = attention.seen
-    return time_call(lambda: planned.attend(seen.query, seen.value), seen.query.device.type, _REPEATS, lead=_LEAD).ms
+    planned = arranged.plan()
+    measured = time_on_device(lambda: arranged.plan().attend(seen.query, seen.value), seen.query.device.type, _REPEATS)
+    return measured.ms, float(planned.of_heads(planned.density).mean())
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,18 @@ class Costs:
         return cls(tuple(values["targets"]), sized, {name: (fit[0], fit[1]) for name, fit in values["fits"].items()})
 
 
-def cost_class(pattern: HeadPattern) -> str:
-    """Patterns of one class cost the same at the same density: rows are copied alike, or keys gathered alike."""
+def copies_class(pattern: HeadPattern) -> str:
+    """Patterns of one class copy the same rows and gather the same keys at the same density."""
     orders = ["raster" if query.base == key.base == "raster" else "by site" for query, key in pattern.orders]
     single = bool(pattern.columns) or pattern.kind in ("vertical_slash", "sf_fixed")
     return f"{'/'.join(orders)}, {pattern.boundary if pattern.boundary != 'k' else 'none'}, {single}"
+
+
+def cost_class(pattern: HeadPattern) -> str:
+    """Patterns of one class cost the same at the same density: they are also planned alike. Of pairs, the dearest to
+    plan stands for all."""
+    kinds = (pattern.kind, *(one.kind for _, _, one in pattern.pairs))
+    return f"{max(kinds, key=_PLAN_RANK.index)}, {copies_class(pattern)}"
 
 
 def measure_costs(attention: LayerAttention, candidates: Sequence[HeadPattern], density: float | None) -> Costs:
@@ -135,9 +145,7 @@ class _Measured:
 
     def of(self, pattern: HeadPattern) -> _Point:
         if pattern not in self.points:
-            planned = self._attention.plan(pattern)
-            density = float(planned.of_heads(planned.density).mean())
-            self.points[pattern] = _Point(pattern, kernel_ms(self._attention, planned), density)
+            self.points[pattern] = _Point(pattern, *attention_ms(self._attention, self._attention.arrange(pattern)))
         return self.points[pattern]
 
 
@@ -196,7 +204,7 @@ def _of_density(attention: LayerAttention, density: float) -> HeadPattern:
     low, high = sizing.bounds
     for _ in range(12):
         middle = math.sqrt(low * high)
-        planned = attention.plan(sizing.at(middle))
+        planned = attention.arrange(sizing.at(middle)).plan()
         if float(planned.density.mean()) < density:
             low = middle
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmcompile.kernels.patterns import HeadPattern
-from mmcompile.pattern_search.equal_time import LEVELS, WANTED, Costs, Sized, cost_class
+from mmcompile.pattern_search.equal_time import LEVELS, WANTED, Costs, Sized, copies_class
 from mmcompile.pattern_search.score import LayerAttention, Score
 
 Heads = tuple[HeadPattern, ...]
@@ -203,7 +203,7 @@ def _by_orders(candidates: Iterable[Sized]) -> list[list[Sized]]:
     for one in candidates:
         pattern = one.pattern
         if pattern.kind not in _NOT_IN_PAIRS and not pattern.columns and pattern.order != "auto":
-            groups[pattern.orders, cost_class(pattern)].append(one)
+            groups[pattern.orders, copies_class(pattern)].append(one)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcompile.kernels.attend import Planned, plan_attention
+from mmcompile.kernels.attend import Arranged, arrange_attention, plan_attention
 from mmcompile.kernels.orders import token_modality
 from mmcompile.kernels.patterns import MODALITIES, HeadPattern
 from mmcompile.passes.record_attention import SeenAttention
@@ -56,13 +56,13 @@ class LayerAttention:
     def heads(self) -> int:
         return self.seen.query.shape[1]
 
-    def plan(self, patterns: HeadPattern | Sequence[HeadPattern]) -> Planned:
-        """The plan of one pattern for every head, or of one a head."""
-        return plan_attention(self.seen.query, self.seen.key, patterns, self.seen.boundaries, **self.seen.mask)
+    def arrange(self, patterns: HeadPattern | Sequence[HeadPattern]) -> Arranged:
+        """The attention in the orders of one pattern for every head, or of one a head."""
+        return arrange_attention(self.seen.query, self.seen.key, patterns, self.seen.boundaries, **self.seen.mask)
 
     def score(self, patterns: HeadPattern | Sequence[HeadPattern]) -> "_Pending":
         """Plan, run and compare. Nothing waits for the device until `Score`s are read, by `read`."""
-        planned = self.plan(patterns)
+        planned = self.arrange(patterns).plan()
         output = planned.attend(self.seen.query, self.seen.value)
         share = planned.attend(self.seen.query, self._first)[..., 0].float()
         dense = self._dense_share.float()

@@ -40,15 +40,15 @@ def search(
     """Find each head's best pattern for a model, on its device, and share one budget of time among all heads.
 
     The model's prefill runs through the backend's own capture, layer after layer, with dense attention; in each layer
-    candidates of equal measured kernel time are tried, in all heads at once, and judged by the attention's output
-    against dense (arXiv 2504.16083, section 3.3). Takes the memory of a dense prefill, and of one layer's attention
-    some ten times over. The model itself is left as it is; Dynamo's caches are reset.
+    candidates of equal measured time, planning included, are tried, in all heads at once, and judged by the attention's
+    output against dense (arXiv 2504.16083, section 3.3). Takes the memory of a dense prefill, and of one layer's
+    attention some ten times over. The model itself is left as it is; Dynamo's caches are reset.
 
     Args:
         model: with causal attention that the backend makes sparse.
         inputs: keyword arguments of the model's forward, or a list of such: errors are means over the samples. What
             `mmcompile.bind` holds are the boundaries of all of them; else each tells its own.
-        density: the budget, as the kernel time of an A-shape that computes this share of the causal tiles. By default
+        density: the budget, as the time of an A-shape that computes this share of the causal tiles. By default
             that of an A-shape of 1024 sink and 4096 local tokens, the paper's, which in a short prompt is next to all.
         recall: each head's cheapest pattern that covers this share of its attention, whatever that costs together.
         candidates: "full", "paper" (what the paper searches), or patterns of your own.

@@ -67,7 +67,7 @@ def by_torch() -> Iterator[None]:
         patch.setattr(a_shape_kernel, "sort_keys", a_shape.sort_keys_cpu)
         patch.setattr(a_shape_kernel, "rank_valid_keys", a_shape.rank_valid_keys_cpu)
         patch.setattr(lines_kernel, "rank_diagonals", lines.rank_diagonals_cpu)
-        patch.setattr(top_keys_kernel, "list_top_keys", top_keys.list_top_keys_cpu)
+        patch.setattr(top_keys_kernel, "list_top_keys", top_keys.sort_top_keys)
         patch.setattr(top_keys_kernel, "hot_tiles", lambda cold: by_tile(~cold, False).any(-1))
         patch.setattr(scene_kernel, "own_tiles", Rows.own_tiles_cpu)
         patch.setattr(orders_kernel, "modalities", orders.modalities_cpu)

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from mmcompile.kernels.attention_config import LARGE, SMALL, Config, padded_head_dim
 from mmcompile.kernels.block_sparse import _attention_kernel
+from mmcompile.kernels.compare_with_dense_kernel import _dense_kernel
 from mmcompile.kernels.patterns import TILE
 
 pytestmark = pytest.mark.skipif(
@@ -76,5 +77,26 @@ def test_hopper_runs_on_its_matrix_units_fed_by_bulk_copies(width, dtype, column
 def test_any_other_gpu_has_the_shared_memory_for_it(width, dtype, instruction, columns, tmp_path):
     kernel = compiled(width, dtype, SMALL[4 if dtype == "fp32" else 2, padded_head_dim(width)], False, columns, 80)
     assert instruction in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= 64 * 1024
+    assert stack_bytes(kernel, tmp_path) <= 64
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_comparison_with_dense_does_not_spill(width, capability, tmp_path):
+    config = SMALL[2, width]
+    constants = {"D": width, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": width, "TILE": TILE}
+    constants |= dict.fromkeys(("WINDOW", "SEGMENTS", "SPANS"), False)
+    types = dict.fromkeys(("query", "key", "value"), "*bf16") | dict.fromkeys(("result", "held"), "*fp32")
+    types |= dict.fromkeys(("batch_of", "head_of", "copy_of", "key_row_of", "token"), "*i64")
+    types |= {"query_tags": "*i32", "key_tags": "*i32", "computed": "*i1", "scale_log2": "fp32"}
+    signature, attributes = {}, {}
+    for position, name in enumerate(_dense_kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
+        if signature[name].startswith("*") or name.endswith("stride"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(_dense_kernel, signature, constants, attributes)
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert kernel.metadata.shared <= 64 * 1024
     assert stack_bytes(kernel, tmp_path) <= 64

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from mmcompile.kernels import (
     block_sparse,
     column_mass_kernel,
+    compare_with_dense,
+    compare_with_dense_kernel,
     gather_columns,
     last_queries,
     last_queries_kernel,
@@ -33,7 +35,7 @@ from mmcompile.kernels import (
     tile_shares_kernel,
 )
 from mmcompile.kernels.attention_config import LARGE, SMALL, Config, padded_head_dim
-from tests.kernels.pattern_cases import PatternCase, check_case, combinations
+from tests.kernels.pattern_cases import PatternCase, check_case, combinations, walk_of
 from tests.kernels.tile_walks import (
     MASKS,
     WalkCase,
@@ -204,3 +206,21 @@ def every_op_by_triton(monkeypatch):
 def test_every_pattern_boundary_and_order(seed, every_op_by_triton):
     """The cases of test_head_patterns.py, from the estimate to the output; short ones, the interpreter is slow."""
     check_case(PatternCase.of(seed).shortened(140, 130))
+
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_dense_attention_of_drawn_tiles(first):
+    """The kernel against the torch operations, which are tested against float64."""
+    for seed in range(first, first + 40, 10):
+        case = PatternCase.of(seed).shortened(260, 100)
+        query, key, value = case.inputs()
+        planned = case.plan(query, key)
+        walk, order = walk_of(planned), planned.arrangement.query_order
+        value = value.repeat_interleave(planned.key.shape[1] // value.shape[1], 1)  # of any order: dense does not care
+        tiles = torch.arange(0, case.batch * walk.counts.shape[2] * query.shape[1], 2)
+        drawn = compare_with_dense.Drawn.of(tiles, order, walk, query.shape[1], query.shape[2])
+        arguments = (drawn, query, planned.key, value, walk, planned.scale)
+        found, held = compare_with_dense_kernel.attend(*arguments)
+        expected, share = compare_with_dense._attend_cpu(*arguments)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(held, share, atol=1e-5, rtol=1e-4, equal_nan=True)

@@ -72,7 +72,7 @@ def by_triton(key_tiles: int = 4) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(tile_list, "list_tiles_cpu", tile_list_kernel.list_tiles)
         patch.setattr(tile_list, "density_cpu", tile_list_kernel.density)
         patch.setattr(lines, "rank_diagonals_cpu", lines_kernel.rank_diagonals)
-        patch.setattr(top_keys, "list_top_keys_cpu", top_keys_kernel.list_top_keys)
+        patch.setattr(top_keys, "sort_top_keys", top_keys_kernel.list_top_keys)
         patch.setattr(Columns, "hot_tiles_cpu", lambda columns: top_keys_kernel.hot_tiles(columns.cold))
         patch.setattr(Rows, "own_tiles_cpu", scene_kernel.own_tiles)
         patch.setattr(orders, "modalities_cpu", orders_kernel.modalities)
@@ -347,7 +347,7 @@ def test_the_keys_with_the_most_weight_are_listed_by_position(case: KeyCase) -> 
     room = 1 + int(case.room * case.keys)
     last = torch.randint(-1, case.keys + 9, (rows, 9), generator=draw).int()
     arguments = weight, None if in_raster else key_slots, key_row, room, last
-    expected = top_keys.list_top_keys_cpu(*arguments)
+    expected = top_keys.sort_top_keys(*arguments)
     with by_triton():
         made = top_keys_kernel.list_top_keys(*arguments)
         hot_tiles = top_keys_kernel.hot_tiles(made.cold)

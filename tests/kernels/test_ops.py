@@ -47,6 +47,12 @@ def attention_arguments(case: WalkCase, dtype: torch.dtype = torch.float32) -> l
     return [*case.inputs(dtype), *walk[:8], *maps, *walk[10:], None]
 
 
+def comparison_arguments(case: WalkCase, dtype: torch.dtype = torch.float32) -> list:
+    query, key, value, *rest, _ = attention_arguments(case, dtype)
+    order = random_orders(case.batch, rest[0].shape[1], case.query_length)
+    return [query, key, value, torch.randn_like(query), order, *rest, torch.tensor([7]), 3, 1.0]
+
+
 def random_orders(batch: int, rows: int, length: int) -> torch.Tensor:
     return torch.rand(batch, rows, length).argsort(-1).int()
 
@@ -123,6 +129,8 @@ ARGUMENTS = {
     "block_sparse_attention": lambda: attention_arguments(CASE),
     "block_sparse_attention with a mask": lambda: attention_arguments(MASKED, torch.bfloat16),
     "block_sparse_attention with columns": lambda: attention_arguments(COLUMNS),
+    "compare_with_dense": lambda: comparison_arguments(CASE),
+    "compare_with_dense with columns": lambda: comparison_arguments(COLUMNS, torch.bfloat16),
 }
 
 
@@ -155,7 +163,7 @@ def test_the_fake_has_the_shapes_strides_and_dtypes_of_the_real(name):
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in ARGUMENTS if not name.startswith(("arrange", "plan"))])
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if not name.startswith(("arrange", "plan", "compare"))])
 def test_a_symbolic_length_stays_symbolic(name):
     """No guard on a length: one graph serves every length."""
     arguments, environment = ARGUMENTS[name](), ShapeEnv()
@@ -308,6 +316,23 @@ def test_bad_input_of_a_plan_is_named(op, name, value, message):
     arguments = dict(zip(names, ARGUMENTS[op](), strict=False))  # the last has a default
     with pytest.raises(ValueError, match=re.escape(message)):
         getattr(OPS, op)(**arguments | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("share", 0.0, "share=0.0 draws no query tiles; in (0, 1]"),
+        ("seed", torch.tensor([1, 2]), "seed has shape [2]; [1] fits"),
+        ("seed", torch.tensor([1.0]), "seed has dtype torch.float32; torch.int64, a count from 0 on"),
+        ("output", torch.zeros(2, 4, 150, 8), "output has shape [2, 4, 150, 8]; [2, 4, 150, "),
+        ("query_order", torch.zeros(2, 1, 150), "query_order has dtype torch.float32; torch.int32"),
+    ],
+)
+def test_bad_input_of_a_comparison_is_named(name, value, message):
+    names = [argument.name for argument in OPS.compare_with_dense.default._schema.arguments]
+    arguments = dict(zip(names, comparison_arguments(CASE), strict=True))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        OPS.compare_with_dense(**arguments | {name: value})
 
 
 def test_a_head_dim_past_the_largest_is_named():

@@ -20,13 +20,13 @@ TOLERANCE = {"atol": 1e-5, "rtol": 0}
 @pytest.fixture
 def sparse_calls(monkeypatch):
     """The arguments of every attention that ran sparse."""
-    calls, attention = [], eager_attention.sparse_attention
+    calls, attention = [], eager_attention.plan_attention
 
     def keep(query, *args, **kwargs):
-        calls.append({"length": query.shape[2], "boundaries": args[3], **kwargs})
+        calls.append({"length": query.shape[2], "boundaries": args[2], **kwargs})
         return attention(query, *args, **kwargs)
 
-    monkeypatch.setattr(eager_attention, "sparse_attention", keep)
+    monkeypatch.setattr(eager_attention, "plan_attention", keep)
     eager_attention._say_once.cache_clear()
     return calls
 

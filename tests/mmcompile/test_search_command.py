@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mmcompile import HeadPattern, PatternTable, cli
 from mmcompile.pattern_search import candidates, equal_time, runs
 from mmcompile.tiny_qwen import tiny_qwen2_5_vl
+from tests.mmcompile.test_pattern_search import by_tiles
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "moving_shapes.mp4")
 SMALL = ("--frames", "8", "--tokens", "600", "--density", "0.7", "--candidates", "paper")
@@ -23,7 +24,7 @@ def model_path(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch):
-    monkeypatch.setattr(equal_time, "kernel_ms", lambda _, planned: 0.01 + float(planned.density.mean()))
+    monkeypatch.setattr(equal_time, "attention_ms", by_tiles)
     monkeypatch.setitem(candidates.SPACES, "paper", (HeadPattern("a_shape"), HeadPattern("grid", lines="s")))
 
 

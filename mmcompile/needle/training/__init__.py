@@ -1,0 +1,1 @@
+"""How the kept model was made: `python -m mmcompile.needle.training`."""
