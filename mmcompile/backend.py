@@ -58,7 +58,7 @@ def mminference(
     if isinstance(parsed.patterns, PatternTable):
         parsed.patterns.require_sites(rewritten.records)
     if parsed.strict:
-        _raise_on_refusal(rewritten.records)
+        require_sparse(rewritten.records)
     why = "it is part of a prefill" if is_prefilling() else why_no_cuda_graph(rewritten)
     inner = _inner_compiler(parsed.inner, mode, why)
     if rewritten.boundaries is None:
@@ -114,7 +114,8 @@ def _inner_compiler(name: str, mode: str | None, why_no_cuda_graph: str | None) 
     return partial(compiler, config_patches=patches) if patches else compiler
 
 
-def _raise_on_refusal(records: Sequence[SiteRecord]) -> None:
+def require_sparse(records: Sequence[SiteRecord]) -> None:
+    """Raise UnsupportedSitesError, with the list of them, if an attention had to stay dense."""
     refused = [record for record in records if record.reason.is_refusal]
     if refused:
         raise UnsupportedSitesError(

@@ -14,7 +14,8 @@ from rich.markup import escape
 
 from mmcompile.bench.command import bench
 from mmcompile.console import out, progress_console, steps, write
-from mmcompile.errors import MMCompileError
+from mmcompile.errors import MMCompileError, OptionError
+from mmcompile.export_command import explain_file, export, run
 from mmcompile.needle.command import needle
 from mmcompile.pattern_search.command import search
 from mmcompile.pictures.command import plot
@@ -31,6 +32,8 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.command()(search)
+app.command()(export)
+app.command()(run)
 app.command()(needle)
 app.add_typer(plot, name="plot")
 
@@ -94,7 +97,8 @@ def demo(
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")],
+    file: Annotated[Path | None, typer.Argument(help="A program or a package that `export` wrote.")] = None,
+    model: Annotated[str, typer.Option(help="Folder made by save_pretrained, or a name on a model hub.")] = "",
     tokens: Annotated[
         str, typer.Option(help="Length of the prompt, such as 4096, 128K or 1M; with --video, the most.")
     ] = "32K",
@@ -112,7 +116,20 @@ def explain(
     No attention is computed, and of prompts over 32K tokens nothing at all: a short one is traced in their place.
 
     Example: [bold]python -m mmcompile explain --model ./my-model --tokens 1M[/bold]
+
+    Example: [bold]python -m mmcompile explain model.pt2[/bold]
     """
+    if (file is None) == (not model):
+        raise OptionError("explain: say --model PATH, or the name of a .pt2 file, one of the two")
+    if file is not None:
+        kept, record = explain_file(file)
+        if as_json:
+            print(json.dumps(record.to_dict(), indent=2))
+            return
+        out.print(kept)
+        out.print(record.describe(), highlight=False, markup=False)
+        out.print(record.next_step(file), highlight=False)
+        return
     import mmcompile
     from mmcompile.bench.measurement import numbers, token_count
     from mmcompile.huggingface import example_inputs, load_model

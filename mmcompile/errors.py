@@ -26,3 +26,7 @@ class UnsupportedSitesError(MMCompileError, RuntimeError):
 
 class TableError(MMCompileError, ValueError):
     """A pattern table that cannot be read or written, or is for another model."""
+
+
+class ExportError(MMCompileError, RuntimeError):
+    """A model or a program that cannot be exported or packaged; the text says what can."""

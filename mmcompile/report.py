@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only
 from transformers import Cache
@@ -162,7 +163,7 @@ def _likeness(site: SiteRecord) -> dict[str, Any]:
     return values
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any] | ExportedProgram, *args: Any, **kwargs: Any) -> Report:
     """Say for every attention of `model(*args, **kwargs)` whether the backend would make it sparse, and why.
 
     The call is traced as `mmcompile.compile(model)` traces it: encoders run first, where it runs them, and are no part
@@ -174,7 +175,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     `tokens=N` among them predicts the memory of a prefill of that length too, of a prompt like the call's in everything
     else; nothing of that size runs, so that a short prompt tells of a million tokens.
+    Of an exported program it says what `transform` decided, or would decide with these options.
     """
+    if isinstance(model, ExportedProgram):
+        return _of_program(model, kwargs.pop("options", None))
     tokens: int | None = kwargs.pop("tokens", None)
     options = Options.parse(kwargs.pop("options", None))
     if isinstance(options.patterns, PatternTable) and isinstance(model, nn.Module):
@@ -233,6 +237,12 @@ def _prompt_length(inputs: Mapping[str, Any]) -> int:
         if isinstance(inputs.get(name), Tensor):
             return int(inputs[name].shape[1])
     raise MMCompileError("the memory of another length needs input_ids or inputs_embeds among the keyword arguments")
+
+
+def _of_program(program: ExportedProgram, options: Any) -> Report:
+    from mmcompile.transform_program import record_program  # here, because what it imports imports this file
+
+    return Report(record_program(program, Options.parse(options)).sites, 1, (), (), ())
 
 
 def _with_encoders_run(

@@ -120,13 +120,15 @@ def _scan(module: fx.GraphModule) -> Iterator[AttentionSite | UnreadAttention]:
                 why = "inside vmap" if nesting else _NOT_A_SITE
         elif name == "flex_attention":
             why = "FlexAttention, not scaled_dot_product_attention"
+        elif name.startswith("_scaled_dot_product_"):
+            why = f"taken apart into {name}, by run_decompositions"
         elif _weighs_values(node):
             why = "written out as softmax and matmul"
         if why is not None:
             yield UnreadAttention(node, module_path(node), why)
 
 
-_PASSED_ON = ("dropout", "to", "type_as", "contiguous", "float", "half", "bfloat16")
+_PASSED_ON = ("dropout", "to", "type_as", "contiguous", "float", "half", "bfloat16", "where", "expand", "view")
 _PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")
 
 
