@@ -122,11 +122,11 @@ def explain(
     if (file is None) == (not model):
         raise OptionError("explain: say --model PATH, or the name of a .pt2 file, one of the two")
     if file is not None:
-        kept, record = explain_file(file)
+        report, record = explain_file(file)
         if as_json:
             print(json.dumps(record.to_dict(), indent=2))
             return
-        out.print(kept)
+        out.print(report)
         out.print(record.describe(), highlight=False, markup=False)
         out.print(record.next_step(file), highlight=False)
         return

@@ -178,7 +178,10 @@ def explain(model: Callable[..., Any] | ExportedProgram, *args: Any, **kwargs: A
     Of an exported program it says what `transform` decided, or would decide with these options.
     """
     if isinstance(model, ExportedProgram):
-        return _of_program(model, kwargs.pop("options", None))
+        options = kwargs.pop("options", None)
+        if args or kwargs:
+            raise TypeError(f"explain: a program is told nothing but options, and got {', '.join(kwargs) or 'inputs'}")
+        return _of_program(model, options)
     tokens: int | None = kwargs.pop("tokens", None)
     options = Options.parse(kwargs.pop("options", None))
     if isinstance(options.patterns, PatternTable) and isinstance(model, nn.Module):
