@@ -25,7 +25,7 @@ help:
 	@echo 'make test     ruff, mypy, import-linter, tests on the CPU, kernels under the Triton interpreter'
 	@echo 'make gpu      tests and benchmarks that need a CUDA device; figures go to OUT=$(OUT)'
 	@echo 'make needle-model  train the model of the needle task from nothing (one GPU, minutes)'
-	@echo 'make figures  put the tables of $(OUT) into README.md'
+	@echo 'make figures  put the tables of $(OUT) into README.md and docs/figures.md'
 	@echo 'make models   every check of every model family, into docs/models.md (half an hour; MODELS_ARGS="--family NAME")'
 	@echo 'make clean    remove the environment and every cache'
 	@echo
@@ -82,7 +82,7 @@ needle-model: $(READY)
 	$(PY) -m mmcompile.needle.training.curve examples/needle_model/training.json
 
 figures: $(READY)
-	$(PY) docs/make_figures.py --figures $(OUT) README.md
+	$(PY) docs/make_figures.py --figures $(OUT) README.md docs/figures.md
 
 models: $(READY)
 	$(PY) docs/make_models.py $(MODELS_ARGS)

@@ -246,7 +246,7 @@ def main() -> None:
             figure.rows.append({"model": one.name, "tokens": tokens} | row | {"faster": faster})
             print(figure.rows[-1], flush=True)
         figure.save(arguments.out)
-        print(f"wrote {arguments.out}; `make figures` puts its table into README.md")
+        print(f"wrote {arguments.out}; `make figures` puts its table into the docs")
         del model, inputs
         torch.compiler.reset()
         gc.collect()

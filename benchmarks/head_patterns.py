@@ -207,7 +207,7 @@ def main() -> None:
         )
         figure.rows.append(table_row(run.name, planted, density, output[0, :, rows], dense, measured))
         figure.save(arguments.out)
-    print(f"wrote {arguments.out}; `make figures` puts its table into README.md")
+    print(f"wrote {arguments.out}; `make figures` puts its table into the docs")
     if arguments.plot:
         plot(figure.rows, arguments.plot, f"{arguments.tokens} tokens, planted video-like heads")
 

@@ -156,7 +156,7 @@ def main() -> None:
     for row in figure.rows:
         print(row)
     figure.save(arguments.out)
-    print(f"wrote {arguments.out}; `make figures` puts its table into README.md")
+    print(f"wrote {arguments.out}; `make figures` puts its table into the docs")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
         figure.rows.append(search_decoder(layers, arguments.tokens, arguments.device, density, space))
         print(figure.rows[-1], flush=True)
         figure.save(arguments.out)
-    print(f"wrote {arguments.out}; `make figures` puts its table into README.md")
+    print(f"wrote {arguments.out}; `make figures` puts its table into the docs")
 
 
 if __name__ == "__main__":

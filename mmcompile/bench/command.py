@@ -214,6 +214,6 @@ def _run(measurement: Measurement, path: Path | None, plot: Path | None, redraw:
         )
     elif not redraw:
         out.print(
-            f"wrote {path}. Next: [bold]make figures[/bold] puts what stands in docs/figures into README.md.",
+            f"wrote {path}. Next: [bold]make figures[/bold] puts what stands in docs/figures into the docs.",
             highlight=False,
         )
