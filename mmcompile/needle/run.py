@@ -28,7 +28,7 @@ def load(
     from transformers import AutoTokenizer
 
     if model is None and not KEPT_MODEL.exists():
-        raise ModelError(f"{KEPT_MODEL}: no model is kept there; make needle-model trains one (a GPU, minutes), or give --model")
+        raise ModelError(f"{KEPT_MODEL}: no model is kept; make needle-model trains one on a GPU, or give --model")
     path = str(model or KEPT_MODEL)
     background = None if videos is None else RealFrames(videos)
     loaded = load_model(path, dtype=dtype, device=device)

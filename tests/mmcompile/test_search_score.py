@@ -45,7 +45,7 @@ def attention(planted):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_error_and_recall_are_those_of_attention_over_the_computed_keys(planted, attention, pattern):
-    score, planned = attention.score(pattern).read(), attention.plan(pattern)
+    score, planned = attention.score(pattern).read(), attention.arrange(pattern).plan()
     rows = torch.arange(planted.plant.tokens)
     for head, weights in enumerate(softmax_rows(planted, rows)):
         value = planted.value[0, 0].double()
