@@ -39,14 +39,14 @@ class RowOutput:
         before = self.order[: self.order.index(self.row_dim)]
         return all(self.shape[dim] == 1 for dim in before)
 
-    def allocate(self, inputs: Sequence[Tensor], tokens: int) -> Tensor:
+    def allocate(self, inputs: Sequence[Tensor], tokens: int, device: torch.device) -> Tensor:
         sizes = [tokens if size is None else inputs[size[0]].shape[size[1]] if isinstance(size, tuple) else size
                  for size in self.shape]  # fmt: skip
         strides, stride = [1] * len(sizes), 1
         for dim in reversed(self.order):
             strides[dim] = stride
             stride *= sizes[dim]
-        return inputs[0].new_empty_strided(sizes, strides, dtype=self.dtype)
+        return torch.empty_strided(sizes, strides, dtype=self.dtype, device=device)
 
 
 @dataclass(eq=False)
@@ -67,9 +67,13 @@ class Stretch:
     def tokens(self, inputs: Sequence[Tensor]) -> int:
         return next(x.shape[dim] for x, dim in zip(inputs, self.rows, strict=True) if dim is not None)
 
+    def device(self, inputs: Sequence[Tensor]) -> torch.device:
+        """Where the tokens are; a number among the inputs may be on the host."""
+        return next(x.device for x, dim in zip(inputs, self.rows, strict=True) if dim is not None)
+
     def allocate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        tokens = self.tokens(inputs)
-        return [output.allocate(inputs, tokens) for output in self.outputs]
+        tokens, device = self.tokens(inputs), self.device(inputs)
+        return [output.allocate(inputs, tokens, device) for output in self.outputs]
 
 
 _stretches: WeakValueDictionary[str, Stretch] = WeakValueDictionary()
@@ -89,7 +93,7 @@ def in_chunks(inputs: Sequence[Tensor], stretch: str, chunk: int | None) -> list
     """
     work = _stretches[stretch]
     outputs, tokens = work.allocate(inputs), work.tokens(inputs)
-    size = even_chunk(tokens, _affordable(work.token_bytes, inputs[0].device) if chunk is None else chunk)
+    size = even_chunk(tokens, _affordable(work.token_bytes, work.device(inputs)) if chunk is None else chunk)
     for start in range(0, tokens, size):
         count = min(size, tokens - start)
         cut = [x if dim is None else _cut(x, dim, start, count) for x, dim in zip(inputs, work.rows, strict=True)]

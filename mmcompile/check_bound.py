@@ -59,9 +59,10 @@ def send(bound: Bound, errors: Sequence[Tensor]) -> None:
     of_all = torch.cat(list(errors))
     arrived = None
     if of_all.is_cuda:
-        of_all = of_all.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        with torch.cuda.device(of_all.device):  # an event stands in the stream of the current device
+            of_all = of_all.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
     with _lock:
         _sent.append(_Sent(bound, of_all, arrived))
 

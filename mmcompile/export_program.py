@@ -56,7 +56,11 @@ def export(
         if args:
             raise ExportError("args: a model of transformers is exported by its keyword arguments; pass kwargs alone")
         given = two_batches(given)
-        shapes = prefill_shapes(given, cache_length or tokens_max) if dynamic_shapes is None else dynamic_shapes
+        shapes = (
+            prefill_shapes(given, min(tokens_max, cache_length or tokens_max))
+            if dynamic_shapes is None
+            else dynamic_shapes
+        )
         program = _export(PrefillModule(model, cache_length), (), given, shapes)
     else:
         if cache_length is not None:

@@ -89,7 +89,7 @@ def rewrite(program: ExportedProgram, options: Options) -> tuple[Rewritten, Prog
 def program_options(options: dict[str, Any]) -> Options:
     """Options that a program can have; OptionError for others."""
     for name in options:
-        if name in ("min_tokens", "inner", "check", "chunk_tokens"):
+        if name in ("min_tokens", "inner", "check", "check_bound", "chunk_tokens"):
             raise OptionError(
                 f"option {name!r} is the backend's; an exported program has one form, the sparse one. "
                 f"Options here are: {', '.join(_OPTIONS)}"

@@ -191,7 +191,17 @@ class _Form:
         """Nodes that would be results and cannot be, or that cannot be made in chunks."""
         bad = [node for node in self.outputs if not self._is_fit_result(node)]
         bad += [node for node in self.nodes if operation(node) in (*RESHAPES, *EXPANDS) and self._sizes(node) is None]
+        bad += [node for node in self.nodes if operation(node) in EXPANDS and not self._keeps_unknown_sizes(node)]
         return list(dict.fromkeys(bad))
+
+    def _keeps_unknown_sizes(self, node: fx.Node) -> bool:
+        """Whether an expansion leaves sizes as they are that are neither numbers nor the tokens: -1 says so."""
+        shape, source = fake_value(node).shape, tensors(node.all_input_nodes[0])[0].shape
+        before = (None,) * (len(shape) - len(source))
+        return all(
+            isinstance(size, int) or dim == self.rows.dims[node] or (own is not None and same_size(size, own))
+            for dim, (size, own) in enumerate(zip(shape, (*before, *source), strict=True))
+        )
 
     def _is_fit_result(self, node: fx.Node) -> bool:
         value = fake_value(node)
@@ -306,8 +316,10 @@ class _Form:
 
 
 def _describe(node: fx.Node) -> str:
-    value = tensors(node)[0]
-    return f"{value.dtype} {[size_key(size) for size in value.shape]} {value.device}"
+    value: Any = tensors(node)[0]
+    order = sorted(range(value.dim()), key=lambda dim: (-(hint(value.stride(dim)) or 0), dim))
+    strides = [stride for stride in value.stride() if isinstance(stride, int)]
+    return f"{value.dtype} {[size_key(size) for size in value.shape]} {order} {strides} {value.device}"
 
 
 def _autocast(node: fx.Node) -> Any:

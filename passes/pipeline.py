@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -156,6 +157,9 @@ def _long_form(
         return None, "all tokens at once (option chunk_tokens)"
     if tokens is None:
         return None, "all tokens at once: the data alone tells how many there are"
+    device = fake_value(sparse[0].site.query).device.type
+    if torch.is_autocast_enabled(device):
+        return None, "all tokens at once: under autocast a stretch would be compiled without it"
     if isinstance(length, int) and length <= limit:
         return None, f"all {length} tokens at once: chunks begin above {limit} (option chunk_tokens)"
     long = copy_graph(module)

@@ -225,6 +225,9 @@ def _getitem(rows: TokenRows, node: fx.Node) -> int | None:
     if isinstance(fake_value(source), tuple | list):
         return rows.dims[source] if isinstance(index, int) else None
     index = index if isinstance(index, tuple) else (index,)
+    # Tensors among them may have a token's own entries.
+    if any(one is not None and one is not Ellipsis and not isinstance(one, slice | int) for one in index):
+        return None
     taken = sum(1 for one in index if one is not None and one is not Ellipsis)
     rest = [slice(None)] * (_rank(source) - taken)
     at = index.index(Ellipsis) if Ellipsis in index else len(index)

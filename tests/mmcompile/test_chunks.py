@@ -154,3 +154,24 @@ def test_families(family):
     got, expected = (one(**inputs).logits[real] for one in (model, eager))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
     assert ran.count("stretch") >= 3 * 2
+
+
+class _Gathers(torch.nn.Module):
+    """As a table of positions: of each token's row, the entries that an index has, one for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.table = Decoder(layers=1), torch.nn.Linear(64, 64)
+
+    def forward(self, x, index):
+        return self.decoder(x + self.table(x)[:, :, index].sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def test_an_index_with_an_entry_for_each_token_is_not_cut_with_them():
+    torch.manual_seed(0)
+    model = _Gathers()
+    run = run_of(model, "aot_eager")
+    x = tokens(200)
+    index = torch.arange(200) % x.shape[-1]
+    torch.testing.assert_close(run(x, index), model(x, index), **TOLERANCE)
