@@ -246,7 +246,7 @@ class _Form:
         symbols = [self._symbols(one) for one in self.inputs]
         symbols += [self._symbols(node) for node, one in zip(self.outputs, outputs, strict=True) if one.is_written]
         # What tells two stretches apart, and nothing else: the text is part of what the inner backend's caches know.
-        said = [compiler, _autocast(self.nodes[0]), row_dims, outputs, symbols]
+        said = [compiler, row_dims, outputs, symbols]
         said += [*map(_describe, self.inputs), *map(_call, graph.nodes)]
         name = sha256("\n".join(map(str, said)).encode()).hexdigest()[:32]
         return _Work(name, graph, row_dims, outputs, tuple(symbols))
@@ -320,12 +320,6 @@ def _describe(node: fx.Node) -> str:
     order = sorted(range(value.dim()), key=lambda dim: (-(hint(value.stride(dim)) or 0), dim))
     strides = [stride for stride in value.stride() if isinstance(stride, int)]
     return f"{value.dtype} {[size_key(size) for size in value.shape]} {order} {strides} {value.device}"
-
-
-def _autocast(node: fx.Node) -> Any:
-    """What the calls of a graph are cast to besides what stands in it."""
-    device = tensors(node)[0].device.type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
 
 
 def _call(node: fx.Node) -> str:
